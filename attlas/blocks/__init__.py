@@ -1,0 +1,1 @@
+"""What stands around a mixer: the attention shell, positions, norms."""

@@ -1,0 +1,141 @@
+"""Positions as objects: each says what it does to tokens, to queries and keys, or to the scores.
+
+B batch, H heads, N queries, M keys, C channels, D head size. Queries are the last N of M positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
+
+
+class Position(nn.Module):
+    """A way to tell a mechanism where tokens stand. Subclasses change what they need to."""
+
+    biases = False
+    """Whether `bias` gives something, which only mechanisms that take a bias can use."""
+
+    def embed(self, x_BNC: Tensor, start: int) -> Tensor:
+        """Tokens before the projections; the first stands at position `start`."""
+        return x_BNC
+
+    def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
+        """Queries or keys after the projections; the first stands at position `start`."""
+        return x_BHND
+
+    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor | None:
+        """A bias (H, N, M) for the scores, or None."""
+        return None
+
+
+class Rotary(Position):
+    """Rotary embedding: feature pairs (i, i + D/2) turn by position / base^(2i / D).
+
+    Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), halves layout as in Llama.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise BadInput(f"rotary positions turn pairs of features; the head size {head_dim} is odd")
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # A position of 100,000 needs more digits than a half-precision angle has.
+        super()._apply(fn, recurse)
+        self.frequency = self.frequency.double()
+        return self
+
+    def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
+        """Turn the pairs; the angle is computed in float64 whatever the dtype of x."""
+        place = torch.arange(start, start + x_BHND.shape[2], device=x_BHND.device, dtype=torch.float64)
+        angle = torch.outer(place, self.frequency)
+        cos, sin = angle.cos().to(x_BHND.dtype), angle.sin().to(x_BHND.dtype)
+        first, second = x_BHND.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slopes 2^(-8 (h+1) / H); between powers of two, every second slope of the doubled list fills up.
+
+    Source: Press et al., ALiBi, 2021 (arXiv:2108.12409).
+    """
+    below = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
+    doubled = [2 ** (-8 * (h + 1) / (2 * below)) for h in range(2 * below)]
+    return torch.tensor(slopes + doubled[0::2][: heads - below])
+
+
+class ALiBi(Position):
+    """A bias of -slope |n - m|, one fixed slope per head (arXiv:2108.12409)."""
+
+    biases = True
+    slopes: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("slopes", alibi_slopes(heads), persistent=False)
+
+    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor:
+        """(H, N, M)."""
+        key = torch.arange(keys, device=self.slopes.device)
+        distance = (key[keys - queries :, None] - key).abs()
+        return -self.slopes[:, None, None] * distance
+
+
+class RelativeBias(Position):
+    """A learned bias for each offset on the grid, (H, 2 S1 - 1, ...), as in Swin (arXiv:2103.14030).
+
+    Offsets beyond the trained grid take the bias of the farthest one. Prefix tokens get no bias.
+    """
+
+    biases = True
+
+    def __init__(self, heads: int, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.reach = tuple(size - 1 for size in grid)
+        self.table = nn.Parameter(torch.empty(heads, *(2 * reach + 1 for reach in self.reach)))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor:
+        """(H, N, M); queries lie on the last rows of the keys' grid."""
+        if grid.rank == 1 and not grid.prefix:
+            grid = Grid((keys,))
+        if grid.rank != len(self.reach) or grid.tokens != keys:
+            raise BadInput(
+                f"this relative bias is over {len(self.reach)} axes and needs the grid of the {keys} keys, "
+                f"got a {grid}"
+            )
+        axes = [torch.arange(size, device=self.table.device) for size in grid.shape]
+        places = torch.cartesian_prod(*axes).view(grid.positions, grid.rank)
+        skipped = keys - queries
+        index = []
+        for axis, reach in enumerate(self.reach):
+            offset = places[None, :, axis] - places[max(skipped - grid.prefix, 0) :, None, axis]
+            index.append(offset.clamp(-reach, reach) + reach)
+        table = self.table[(slice(None), *index)]
+        return nn.functional.pad(table, (grid.prefix, 0, max(grid.prefix - skipped, 0), 0))
+
+
+class Learned(Position):
+    """One learned vector per position, added to the tokens."""
+
+    def __init__(self, dim: int, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(length, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def embed(self, x_BNC: Tensor, start: int) -> Tensor:
+        """x plus the vectors from position `start` on."""
+        end = start + x_BNC.shape[1]
+        if end > len(self.weight):
+            raise BadInput(f"positions are learned up to {len(self.weight)}, the sequence reaches {end}")
+        return x_BNC + self.weight[start:end]

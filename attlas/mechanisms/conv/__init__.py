@@ -1,0 +1,1 @@
+"""Mixing without queries and keys: pooling and convolution."""

@@ -1,0 +1,1 @@
+"""Linear-time attention: kernels, decays, flows, agents."""

@@ -1,0 +1,1 @@
+"""Attention over some of the pairs: windows, lines, clusters."""

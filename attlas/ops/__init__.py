@@ -1,0 +1,1 @@
+"""Functions on tensors, each with one meaning, an oracle and several backends."""
