@@ -1,0 +1,1 @@
+"""Cost, speed, quality, the results store and the report."""
