@@ -5,6 +5,7 @@ o = attlas.attend(q, k, v, "softmax", causal=True)                the bare funct
 names = attlas.mechanisms("*", pattern="causal self")             what there is
 """
 
+from attlas.adapt.multihead import MultiheadAttention
 from attlas.blocks import positions
 from attlas.blocks.attention import Attention
 from attlas.blocks.factory import attend, make_attend, mixer
@@ -22,6 +23,7 @@ __all__ = [
     "Grid",
     "Mask",
     "Mixer",
+    "MultiheadAttention",
     "Spec",
     "attend",
     "auxiliary_loss",

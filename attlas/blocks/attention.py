@@ -5,9 +5,9 @@ B batch, N queries, M keys, C channels, H query heads, G key/value heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,10 +98,9 @@ class Attention(Mixer):
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Project, attend, merge."""
-        keys = x_BNC.shape[1] if context_BMC is None else context_BMC.shape[1]
         q, k, v = self._project(x_BNC, context_BMC, 0)
         mask = call.mask
-        bias = None if call.cross else self.position.bias(x_BNC.shape[1], keys, call.grid)
+        bias = None if call.cross else self.position.bias(call.grid)
         if bias is not None:
             mask = mask & Mask.biased(bias.to(q.dtype))
         o = self.attend(q, k, v, mask=mask, grid=call.grid, cross=call.cross, tokens=x_BNC)
@@ -114,7 +113,9 @@ class Attention(Mixer):
         x_BNC = self.position.embed(x_BNC, start)
         source = x_BNC if context is None else context
         if source.shape[2] != self.context_dim:
-            raise BadInput(f"context has {source.shape[2]} channels; build with context_dim={source.shape[2]}")
+            raise BadInput(
+                f"context has {source.shape[2]} channels; build with context_dim={source.shape[2]}"
+            )
         q = self.q_proj(x_BNC).unflatten(-1, (self.query_heads, size)).transpose(1, 2)
         k = self.k_proj(source).unflatten(-1, (self.kv_heads, size)).transpose(1, 2)
         v = self.v_proj(source).unflatten(-1, (self.kv_heads, size)).transpose(1, 2)
@@ -148,7 +149,9 @@ class Attention(Mixer):
         """The attend's initial state, at position 0."""
         return AttentionState(self.attend.initial_state(batch, like), 0)
 
-    def advance(self, x_BNC: Tensor, state: AttentionState, keep: Tensor | None) -> tuple[Tensor, AttentionState]:
+    def advance(
+        self, x_BNC: Tensor, state: AttentionState, keep: Tensor | None
+    ) -> tuple[Tensor, AttentionState]:
         """Project the segment at its position and extend the attend."""
         if self.position.biases:
             raise BadInput(f"{type(self.position).__name__} positions do not stream; use Rotary or Learned")
@@ -165,7 +168,7 @@ class _SimpleRMSNorm(nn.Module):
 
 
 def _norm(name: str | None, size: int) -> nn.Module:
-    kinds = {
+    kinds: dict[str | None, Callable[[], nn.Module]] = {
         None: nn.Identity,
         "layer": lambda: nn.LayerNorm(size),
         "rms": lambda: nn.RMSNorm(size, eps=1e-6),

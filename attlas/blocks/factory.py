@@ -62,16 +62,15 @@ def mixer(
     """
     cls, variant = resolve(name)
     if variant is not None:
-        chosen = {"kv_heads": kv_heads, "query_heads": query_heads}
-        chosen |= cls.spec.variants[variant](heads)
-        kv_heads, query_heads = chosen.pop("kv_heads"), chosen.pop("query_heads")
-        settings = chosen | settings
+        shares = cls.spec.variants[variant]
+        counts = {name: max(1, int(heads * share)) for name, share in shares.items()}
+        query_heads, kv_heads = counts.get("query_heads", query_heads), counts.get("kv_heads", kv_heads)
     for what, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("query_heads", query_heads)):
         if value is not None and value < 1:
             raise BadInput(f"{what} must be at least 1, got {value}")
     if isinstance(grid, Sequence):
         grid = Grid(tuple(grid))
-    if not issubclass(cls, Attend):
+    if issubclass(cls, Mixer):
         _check_settings(cls, settings, frozenset())
         site = Site(dim, heads, heads, 0, causal, length, grid, layer, layers)
         return cls(site, backend, **settings)
@@ -82,13 +81,17 @@ def mixer(
     built = heads if query_heads is None else query_heads
     shared = built if kv_heads is None else kv_heads
     if max(built, shared) % min(built, shared):
-        raise BadInput(f"{built} query heads and {shared} key/value heads: one must be a multiple of the other")
+        raise BadInput(
+            f"{built} query heads and {shared} key/value heads: one must be a multiple of the other"
+        )
     wide = max(built, shared)
     site = Site(dim, wide, shared, head_dim, causal, length, grid, layer, layers)
     _check_settings(cls, settings, SHELL)
     shell = {key: value for key, value in settings.items() if key in SHELL}
     params = {key: value for key, value in settings.items() if key not in SHELL}
-    return Attention(cls(site, backend, **params), projected=(built, shared), **dict(cls.spec.shell) | shell)
+    built_attend = cls(site, backend, **params)
+    assert isinstance(built_attend, Attend)
+    return Attention(built_attend, projected=(built, shared), **dict(cls.spec.shell) | shell)
 
 
 def make_attend(
@@ -161,9 +164,8 @@ def attend(
         name, heads, q_BHND.shape[3], kv_heads=kv_heads, causal=causal, length=keys, backend=backend, **params
     )
     if built.state_dict():
-        raise Unsupported(
-            f"{name} learns {', '.join(built.state_dict())}: build it once with attlas.make_attend or attlas.mixer"
-        )
+        learned = ", ".join(built.state_dict())
+        raise Unsupported(f"{name} learns {learned}: build it once, with attlas.make_attend or attlas.mixer")
     cross = q_BHND.shape[2] != keys and not causal
     return built(q_BHND, k_BGMD, v_BGME, mask=mask, grid=grid, cross=cross)
 

@@ -28,8 +28,8 @@ class Position(nn.Module):
         """Queries or keys after the projections; the first stands at position `start`."""
         return x_BHND
 
-    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor | None:
-        """A bias (H, N, M) for the scores, or None."""
+    def bias(self, grid: Grid) -> Tensor | None:
+        """A bias (H, N, N) for the scores of self-attention on a grid, or None."""
         return None
 
 
@@ -84,11 +84,10 @@ class ALiBi(Position):
         super().__init__()
         self.register_buffer("slopes", alibi_slopes(heads), persistent=False)
 
-    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor:
-        """(H, N, M)."""
-        key = torch.arange(keys, device=self.slopes.device)
-        distance = (key[keys - queries :, None] - key).abs()
-        return -self.slopes[:, None, None] * distance
+    def bias(self, grid: Grid) -> Tensor:
+        """(H, N, N), by the order of the tokens."""
+        place = torch.arange(grid.tokens, device=self.slopes.device)
+        return -self.slopes[:, None, None] * (place[:, None] - place).abs()
 
 
 class RelativeBias(Position):
@@ -105,24 +104,15 @@ class RelativeBias(Position):
         self.table = nn.Parameter(torch.empty(heads, *(2 * reach + 1 for reach in self.reach)))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def bias(self, queries: int, keys: int, grid: Grid) -> Tensor:
-        """(H, N, M); queries lie on the last rows of the keys' grid."""
-        if grid.rank == 1 and not grid.prefix:
-            grid = Grid((keys,))
-        if grid.rank != len(self.reach) or grid.tokens != keys:
-            raise BadInput(
-                f"this relative bias is over {len(self.reach)} axes and needs the grid of the {keys} keys, "
-                f"got a {grid}"
-            )
-        axes = [torch.arange(size, device=self.table.device) for size in grid.shape]
-        places = torch.cartesian_prod(*axes).view(grid.positions, grid.rank)
-        skipped = keys - queries
-        index = []
-        for axis, reach in enumerate(self.reach):
-            offset = places[None, :, axis] - places[max(skipped - grid.prefix, 0) :, None, axis]
-            index.append(offset.clamp(-reach, reach) + reach)
-        table = self.table[(slice(None), *index)]
-        return nn.functional.pad(table, (grid.prefix, 0, max(grid.prefix - skipped, 0), 0))
+    def bias(self, grid: Grid) -> Tensor:
+        """(H, N, N)."""
+        if grid.rank != len(self.reach):
+            raise BadInput(f"this relative bias is over {len(self.reach)} axes, got a {grid}")
+        places = grid.places(self.table.device)
+        flat = places.new_zeros(())
+        for offset, reach in zip((places - places[:, None]).unbind(-1), self.reach, strict=True):
+            flat = flat * (2 * reach + 1) + offset.clamp(-reach, reach) + reach
+        return nn.functional.pad(self.table.flatten(1)[:, flat], (grid.prefix, 0, grid.prefix, 0))
 
 
 class Learned(Position):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from attlas.core.errors import BadInput
@@ -65,6 +66,11 @@ class Grid:
     def rank(self) -> int:
         """How many axes the grid has."""
         return len(self.shape)
+
+    def places(self, device: torch.device | str = "cpu") -> Tensor:
+        """Coordinates of the positions in order, (positions, rank)."""
+        axes = [torch.arange(size, device=device) for size in self.shape]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
 
     def split(self, x: Tensor, dim: int = -2) -> tuple[Tensor, Tensor]:
         """Cut the token axis `dim` into the prefix and the positions."""

@@ -43,9 +43,7 @@ class _Document:
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         if self.ids.shape[-1] != key.shape[-1]:
-            raise BadInput(
-                f"document ids cover {self.ids.shape[-1]} positions, the keys are {key.shape[-1]}"
-            )
+            raise BadInput(f"document ids cover {self.ids.shape[-1]} positions, the keys are {key.shape[-1]}")
         ids = self.ids.to(key.device)
         same = ids[..., query.flatten()].unsqueeze(-1) == ids[..., key.flatten()].unsqueeze(-2)
         return same if ids.ndim == 1 else same.unsqueeze(1)
@@ -170,9 +168,7 @@ class Mask:
     def document(ids: Tensor) -> Mask:
         """Tokens see their own document only; ids (M,) or (B, M) integers."""
         if ids.is_floating_point() or ids.ndim not in (1, 2):
-            raise BadInput(
-                f"document ids are integers (M,) or (B, M), got {ids.dtype} {tuple(ids.shape)}"
-            )
+            raise BadInput(f"document ids are integers (M,) or (B, M), got {ids.dtype} {tuple(ids.shape)}")
         return Mask(rule=_Document(ids))
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -68,7 +68,7 @@ class Spec:
         streams: whether `extend` carries a state through a causal sequence.
         grouped: whether it reads shared key/value heads itself; else the shell repeats them.
         shell: the published settings of the shell around it (see `attlas.Attention`), as defaults.
-        variants: named settings; each maps the number of heads to keyword arguments.
+        variants: named head counts, as shares of the nominal heads, rounded down to at least one head.
         examples: tiny sizes for tests and pictures.
         reconstruction: no official code was found; the equations are the paper's as far as known.
     """
@@ -87,5 +87,5 @@ class Spec:
     streams: bool = False
     grouped: bool = False
     shell: Mapping[str, Any] = field(default_factory=dict)
-    variants: Mapping[str, Callable[[int], dict[str, Any]]] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     reconstruction: bool = False

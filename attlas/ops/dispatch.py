@@ -68,6 +68,7 @@ class Op:
         raise BackendUnavailable(f"{self.name} cannot run on backend {backend!r} ({names})")
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        """Run the op on the backend that `choose` gives."""
         chosen, choice = self.choose(backend, *args, **kwargs)
         if _log is not None:
             _log.append(choice)

@@ -23,6 +23,22 @@ def repeat_heads(x_BGMD: Tensor, heads: int) -> Tensor:
     return x_BGMD if groups == heads else x_BGMD.repeat_interleave(heads // groups, 1)
 
 
+def attention_weights(
+    q_BHND: Tensor, k_BGMD: Tensor, mask: Mask | None = None, scale: float | None = None
+) -> Tensor:
+    """The weights (B, H, N, M) of softmax attention; the row of a query that sees nothing is 0."""
+    heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
+    scores = q_BHND @ repeat_heads(k_BGMD, heads).transpose(-1, -2) * _scale(q_BHND, scale)
+    mask = mask or Mask()
+    if mask.bias is not None:
+        scores = scores + mask.bias
+    seen = mask.pairs(queries, keys, q_BHND.device)
+    if seen is None:
+        return scores.softmax(-1)
+    seeing = seen.any(-1, keepdim=True)
+    return scores.masked_fill(~seen & seeing, -torch.inf).softmax(-1) * seeing
+
+
 def _oracle(
     q_BHND: Tensor,
     k_BGMD: Tensor,
@@ -43,20 +59,8 @@ def _oracle(
     Returns:
         (B, H, N, E).
     """
-    heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
-    k_BHMD, v_BHME = repeat_heads(k_BGMD, heads), repeat_heads(v_BGME, heads)
-    scores = q_BHND @ k_BHMD.transpose(-1, -2) * _scale(q_BHND, scale)
-    mask = mask or Mask()
-    if mask.bias is not None:
-        scores = scores + mask.bias
-    seen = mask.pairs(queries, keys, q_BHND.device)
-    if seen is None:
-        weights = scores.softmax(-1)
-    else:
-        highest = scores.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
-        powers = torch.where(seen, (scores - highest.clamp(min=-1e30)).clamp(max=0), -torch.inf).exp()
-        weights = powers / powers.sum(-1, keepdim=True).clamp(min=1e-30)
-    return F.dropout(weights, dropout) @ v_BHME
+    weights = attention_weights(q_BHND, k_BGMD, mask, scale)
+    return F.dropout(weights, dropout) @ repeat_heads(v_BGME, q_BHND.shape[1])
 
 
 def _torch(
@@ -82,10 +86,7 @@ def _torch(
     # A query that sees nothing looks at everything and is zeroed after: no NaN can enter a gradient.
     seeing = seen.any(-1, keepdim=True)
     seen = seen | ~seeing
-    if mask.bias is None:
-        attn_mask = seen
-    else:
-        attn_mask = mask.bias.to(q_BHND.dtype).masked_fill(~seen, -torch.inf)
+    attn_mask = seen if mask.bias is None else mask.bias.masked_fill(~seen, -torch.inf)
     return _sdpa(q_BHND, k_BGMD, v_BGME, attn_mask, scale, dropout) * seeing
 
 

@@ -280,9 +280,7 @@ def check_segments(case: Case) -> None:
                 parts, start = [], 0
                 for size in sizes:
                     piece = slice(start, start + size)
-                    y, state = layer.extend(
-                        x[:, piece], state, keep=None if keep is None else keep[:, piece]
-                    )
+                    y, state = layer.extend(x[:, piece], state, keep=None if keep is None else keep[:, piece])
                     parts.append(y)
                     start += size
             got = torch.cat(parts, 1)
@@ -350,13 +348,9 @@ def check_compile(case: Case, backend: str = "aot_eager") -> None:
 def check_export(case: Case) -> None:
     """6d. `torch.export` gives a program with the same output."""
     layer, inputs = case.build(torch.float32), case.inputs(torch.float32)
-    program = torch.export.export(layer, tuple(inputs), {"grid": case.grid.shape} if not case.grid.prefix else {})
+    program = torch.export.export(layer, tuple(inputs))  # the grid is the layer's own
     expected = layer(*inputs, grid=case.grid)
-    assert_close(program.module()(*inputs, **program_kwargs(case)), expected, 1e-5, "exported output")
-
-
-def program_kwargs(case: Case) -> dict[str, object]:
-    return {} if case.grid.prefix else {"grid": case.grid.shape}
+    assert_close(program.module()(*inputs), expected, 1e-5, "exported output")
 
 
 def check_state_dict(case: Case) -> None:
@@ -379,9 +373,7 @@ def check_cost(case: Case) -> None:
     use_backend(layer, "auto" if not has_torch_backend(layer, inputs, case) else "torch")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(*inputs, grid=case.grid)
-    cost = layer.cost(
-        BATCH, inputs[0].shape[1], inputs[1].shape[1] if case.cross else None, grid=case.grid
-    )
+    cost = layer.cost(BATCH, inputs[0].shape[1], inputs[1].shape[1] if case.cross else None, grid=case.grid)
     assert cost.executed == counter.get_total_flops(), (
         f"the formula says {cost.executed}, {counter.get_total_flops()} were counted"
     )

@@ -8,7 +8,6 @@ from attlas.core.spec import Pattern, Takes
 from tests.contract import checks
 
 CASES = checks.all_cases()
-ONE_PER_EXAMPLE = [case for i, case in enumerate(CASES) if case.index == 0 or case.pattern == CASES[i].pattern]
 CAUSAL = [case for case in CASES if case.causal]
 PADDED = [case for case in CASES if Takes.PADDING in mechanism(case.name).spec.masks]
 STREAMING = [

@@ -94,7 +94,7 @@ class Pool(Mixer):
         """Position by position."""
         grid, reach = call.grid, self.size // 2
         real = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool) if call.mask.keys is None else call.mask.keys
-        places = torch.cartesian_prod(*map(torch.arange, grid.shape)).view(grid.positions, grid.rank)
+        places = grid.places()
         back, ahead = (self.size - 1, 0) if self.site.causal else (reach, reach)
         rows = [x_BNC[:, n] * 0 for n in range(grid.prefix)]
         for n, place in enumerate(places):

@@ -35,12 +35,12 @@ SPEC = Spec(
     streams=True,
     grouped=True,
     variants={
-        "mqa": lambda heads: {"kv_heads": 1},
-        "gqa": lambda heads: {"kv_heads": max(1, heads // 4)},
-        "sqa": lambda heads: {"query_heads": heads // 2, "kv_heads": max(1, heads // 4)},
-        "ssqa": lambda heads: {"query_heads": heads // 2, "kv_heads": heads // 2},
-        "xsqa": lambda heads: {"query_heads": heads // 4, "kv_heads": heads // 4},
-        "xsmqa": lambda heads: {"query_heads": heads // 4, "kv_heads": 1},
+        "gqa": {"kv_heads": 1 / 4},
+        "mqa": {"kv_heads": 0},
+        "sqa": {"query_heads": 1 / 2, "kv_heads": 1 / 4},
+        "ssqa": {"query_heads": 1 / 2, "kv_heads": 1 / 2},
+        "xsqa": {"query_heads": 1 / 4, "kv_heads": 1 / 4},
+        "xsmqa": {"query_heads": 1 / 4, "kv_heads": 0},
     },
     examples=(
         Example(parameters=4 * (16 * 16 + 16)),

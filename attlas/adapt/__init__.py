@@ -1,0 +1,1 @@
+"""Attlas in models that exist."""
