@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attlas.blocks.factory import make_attend, resolve, settings_of
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
+from attlas.core.mechanism import Attend
 from attlas.ops.softmax import attention_weights
 
 
@@ -37,6 +38,15 @@ class MultiheadAttention(nn.Module):
         UnknownName: no such mechanism.
         Unsupported: the mechanism mixes tokens without queries and keys.
     """
+
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    attend: Attend
 
     def __init__(
         self,
@@ -70,7 +80,7 @@ class MultiheadAttention(nn.Module):
         self.add_zero_attn = add_zero_attn
         self.causal = causal
         self.mechanism = mechanism
-        make = {"device": device, "dtype": dtype}
+        make: dict[str, Any] = {"device": device, "dtype": dtype}
         if self.kdim == self.vdim == embed_dim:
             self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **make))
             for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -93,7 +103,7 @@ class MultiheadAttention(nn.Module):
         self._reset_parameters()
 
     _qkv_same_embed_dim = False
-    """Keeps `torch.nn.TransformerEncoderLayer` off its fast path, which would compute softmax whatever is here."""
+    """Keeps `nn.TransformerEncoderLayer` off its fast path, which would compute softmax instead of us."""
 
     def _reset_parameters(self) -> None:
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -145,7 +155,7 @@ class MultiheadAttention(nn.Module):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], 1)
         if self.add_zero_attn:

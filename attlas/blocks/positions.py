@@ -6,6 +6,7 @@ B batch, H heads, N queries, M keys, C channels, D head size. Queries are the la
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,25 +40,17 @@ class Rotary(Position):
     Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), halves layout as in Llama.
     """
 
-    frequency: Tensor
-
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
         if head_dim % 2:
             raise BadInput(f"rotary positions turn pairs of features; the head size {head_dim} is odd")
-        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        self.register_buffer("frequency", frequency, persistent=False)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # A position of 100,000 needs more digits than a half-precision angle has.
-        super()._apply(fn, recurse)
-        self.frequency = self.frequency.double()
-        return self
+        self.head_dim, self.base = head_dim, base
 
     def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
-        """Turn the pairs; the angle is computed in float64 whatever the dtype of x."""
-        place = torch.arange(start, start + x_BHND.shape[2], device=x_BHND.device, dtype=torch.float64)
-        angle = torch.outer(place, self.frequency)
+        """Turn the pairs. Angles are float64: half precision cannot tell position 90,000 from 90,001."""
+        axis: dict[str, Any] = {"device": x_BHND.device, "dtype": torch.float64}
+        frequency = self.base ** (-torch.arange(0, self.head_dim, 2, **axis) / self.head_dim)
+        angle = torch.outer(torch.arange(start, start + x_BHND.shape[2], **axis), frequency)
         cos, sin = angle.cos().to(x_BHND.dtype), angle.sin().to(x_BHND.dtype)
         first, second = x_BHND.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,77 @@
+"""Write the pages that come from the code: one per mechanism, with a picture of what it sees."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import attlas
+from attlas.bench.report.masks import visible_pairs
+from attlas.blocks.factory import settings_of
+from attlas.core.registry import family_of, mechanism
+from attlas.core.spec import Pattern
+
+PAGES = Path(__file__).parent / "pages"
+SQUARE = 5  # pixels of one pair in a picture
+
+
+def main() -> None:
+    folder = PAGES / "mechanisms"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for name in attlas.mechanisms():
+        (folder / f"{name}.md").write_text(page(name))
+        spec = mechanism(name).spec
+        rows.append(f"| [{name}]({name}.md) | {family_of(mechanism(name))} | `{spec.equation}` | {spec.year} |")
+    header = "| mechanism | family | equation | year |\n| --- | --- | --- | --- |\n"
+    (folder / "index.md").write_text("# Mechanisms\n\n" + header + "\n".join(rows) + "\n")
+    root = PAGES.parent.parent
+    (PAGES / "index.md").write_text((root / "README.md").read_text())
+    (PAGES / "contributing.md").write_text((root / "CONTRIBUTING.md").read_text())
+
+
+def page(name: str) -> str:
+    """The file's own docstring, its declaration, and its mask."""
+    cls = mechanism(name)
+    spec = cls.spec
+    settings = [f"- `{key}` = `{value!r}`" for key, value in settings_of(cls).items()] or ["none"]
+    text = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    return "\n".join(
+        [
+            f"# {name}",
+            f"*{spec.title}* ({spec.year}), {spec.paper}",
+            f"\n```text\n{text}\n```\n",
+            f"**Patterns**: {', '.join(sorted(spec.patterns))}  ",
+            f"**Grids**: {', '.join(f'{rank}-D' for rank in spec.grids)}  ",
+            f"**Masks**: {', '.join(sorted(spec.masks)) or 'none'}  ",
+            f"**Streams**: {'yes' if spec.streams else 'no'}  ",
+            f"**Complexity**: {spec.complexity}\n",
+            "## Settings\n",
+            *settings,
+            "\n## What each position sees\n",
+            picture(name),
+        ]
+    )
+
+
+def picture(name: str) -> str:
+    """An SVG of the pairs that gradients see, queries downwards and keys to the right."""
+    spec = mechanism(name).spec
+    causal = Pattern.NONCAUSAL_SELF not in spec.patterns
+    grid = (48,) if 1 in spec.grids else (7, 7)
+    seen = visible_pairs(name, causal, grid)
+    side = len(seen) * SQUARE
+    marks = [
+        f'<rect x="{m * SQUARE}" y="{n * SQUARE}" width="{SQUARE}" height="{SQUARE}" opacity="{float(share):.2f}"/>'
+        for n, row in enumerate(seen)
+        for m, share in enumerate(row)
+        if share > 0
+    ]
+    return (
+        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img" '
+        f'aria-label="visible pairs of {name}" fill="#4457c2">'
+        f'<rect width="{side}" height="{side}" fill="#8883" />{"".join(marks)}</svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    main()
