@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.blocks.positions import Position
-from attlas.core.errors import BadInput
+from attlas.core.errors import BadInput, share
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Mixer, Sizes
 from attlas.core.spec import Takes
@@ -77,8 +77,6 @@ class Attention(Mixer):
         if qk_activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise BadInput(f"qk_activation is one of {known}, got {qk_activation!r}")
-        if not 0 <= dropout < 1:
-            raise BadInput(f"dropout is a share in [0, 1), got {dropout}")
         self.attend = attend
         self.query_heads, self.kv_heads = query_heads, kv_heads
         size, width = site.head_dim, site.heads * site.head_dim
@@ -94,7 +92,7 @@ class Attention(Mixer):
         self.output_norm = _norm(output_norm, width)
         self.gate_proj = nn.Linear(site.dim, width, bias) if gate else None
         self.gate_activation = ACTIVATIONS[None if gate == "linear" else gate]()
-        self.dropout = dropout
+        self.dropout = share("dropout", dropout)
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Project, attend, merge."""
@@ -116,10 +114,11 @@ class Attention(Mixer):
             raise BadInput(
                 f"context has {source.shape[2]} channels; build with context_dim={source.shape[2]}"
             )
-        q = self.q_proj(x_BNC).unflatten(-1, (self.query_heads, size)).transpose(1, 2)
-        k = self.k_proj(source).unflatten(-1, (self.kv_heads, size)).transpose(1, 2)
+        q_BNHD = self.q_proj(x_BNC).unflatten(-1, (self.query_heads, size))
+        k_BMGD = self.k_proj(source).unflatten(-1, (self.kv_heads, size))
         v = self.v_proj(source).unflatten(-1, (self.kv_heads, size)).transpose(1, 2)
-        q, k = self.q_norm(self.qk_activation(q)), self.k_norm(self.qk_activation(k))
+        q = self.q_norm(self.qk_activation(q_BNHD)).transpose(1, 2)
+        k = self.k_norm(self.qk_activation(k_BMGD)).transpose(1, 2)
         if context is None:
             q, k = self.position.rotate(q, start), self.position.rotate(k, start)
         if self.query_heads < heads:

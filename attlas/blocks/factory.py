@@ -64,7 +64,9 @@ def mixer(
     if variant is not None:
         shares = cls.spec.variants[variant]
         counts = {name: max(1, int(heads * share)) for name, share in shares.items()}
-        query_heads, kv_heads = counts.get("query_heads", query_heads), counts.get("kv_heads", kv_heads)
+        query_heads = counts.pop("query_heads", query_heads)
+        kv_heads = counts.pop("kv_heads", kv_heads)
+        settings = counts | settings
     for what, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("query_heads", query_heads)):
         if value is not None and value < 1:
             raise BadInput(f"{what} must be at least 1, got {value}")

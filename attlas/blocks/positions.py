@@ -5,7 +5,6 @@ B batch, H heads, N queries, M keys, C channels, D head size. Queries are the la
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
+from attlas.ops.slopes import alibi_slopes
 
 
 class Position(nn.Module):
@@ -54,17 +54,6 @@ class Rotary(Position):
         cos, sin = angle.cos().to(x_BHND.dtype), angle.sin().to(x_BHND.dtype)
         first, second = x_BHND.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """The slopes 2^(-8 (h+1) / H); between powers of two, every second slope of the doubled list fills up.
-
-    Source: Press et al., ALiBi, 2021 (arXiv:2108.12409).
-    """
-    below = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
-    doubled = [2 ** (-8 * (h + 1) / (2 * below)) for h in range(2 * below)]
-    return torch.tensor(slopes + doubled[0::2][: heads - below])
 
 
 class ALiBi(Position):

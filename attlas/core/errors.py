@@ -19,3 +19,10 @@ class Unsupported(AttlasError, ValueError):
 
 class BackendUnavailable(AttlasError, RuntimeError):
     """A backend that was asked for by name and cannot run; the message lists each with its reason."""
+
+
+def share(name: str, value: float) -> float:
+    """`value`, a share in [0, 1) such as a dropout; anything else raises `BadInput` naming it."""
+    if not 0 <= value < 1:
+        raise BadInput(f"{name} is a share in [0, 1), got {value}")
+    return value

@@ -22,7 +22,7 @@ from attlas.core.errors import BadInput, Unsupported
 from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.spec import Pattern, Spec, Takes
-from attlas.core.state import check_keep
+from attlas.core.state import KVCache, check_keep
 
 
 @dataclass(frozen=True)
@@ -289,6 +289,24 @@ class Attend(Mechanism):
     ) -> tuple[Tensor, Any]:
         """Hook of `extend`."""
         raise self._unsupported("streaming", streams=True)
+
+
+class CachedAttend(Attend):
+    """An attend whose state is a cache of all keys and values so far; its `compute` then streams as it is."""
+
+    def initial_state(self, batch: int, like: Tensor) -> KVCache:
+        """An empty cache."""
+        size = self.site.head_dim
+        return KVCache.empty(batch, self.site.kv_heads, size, size, like)
+
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, keep: Tensor | None, tokens: Tensor | None
+    ) -> tuple[Tensor, KVCache]:
+        """Attend to the cache and the segment itself."""
+        state = state.append(k, v, keep)
+        keys = None if state.keep is None else state.keep.rows[:, 0]
+        call = Call(Mask(causal=True, keys=keys, queries=keep), Grid((q.shape[2],)), tokens=tokens)
+        return self.compute(q, state.k.rows, state.v.rows, call), state
 
 
 class Mixer(Mechanism):

@@ -62,25 +62,28 @@ class Rows:
 
 
 class KVCache(NamedTuple):
-    """Keys, values and which of them are real, (B, G, M, D), (B, G, M, E) and (B, 1, M)."""
+    """Keys (B, G, M, D), values (B, G, M, E), and which are real (B, 1, M), or None while all are."""
 
     k: Rows
     v: Rows
-    keep: Rows
+    keep: Rows | None
 
     @classmethod
     def empty(cls, batch: int, heads: int, size: int, value: int, like: Tensor) -> KVCache:
         """No positions yet, in the dtype and on the device of `like`."""
         return cls(
-            Rows(like.new_empty(batch, heads, 0, size)),
-            Rows(like.new_empty(batch, heads, 0, value)),
-            Rows(like.new_empty(batch, 1, 0, dtype=torch.bool)),
+            Rows(like.new_empty(batch, heads, 0, size)), Rows(like.new_empty(batch, heads, 0, value)), None
         )
 
     def append(self, k: Tensor, v: Tensor, keep: Tensor | None) -> KVCache:
         """The cache with a segment behind it; keep (B, n) or None for all real."""
-        real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
-        return KVCache(self.k.append(k), self.v.append(v), self.keep.append(real.unsqueeze(1)))
+        flags = self.keep
+        if flags is None and keep is not None:
+            flags = Rows(k.new_ones(k.shape[0], 1, self.k.rows.shape[2], dtype=torch.bool))
+        if flags is not None:
+            real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
+            flags = flags.append(real.unsqueeze(1))
+        return KVCache(self.k.append(k), self.v.append(v), flags)
 
 
 def state_bytes(state: Any) -> int:

@@ -16,7 +16,7 @@ from attlas.ops.dispatch import Backend, Op
 from attlas.ops.precision import wide
 from attlas.ops.softmax import repeat_heads
 
-TILE = 256
+TILE = 128
 
 
 def tiles(queries: int, keys: int, causal: bool) -> Iterator[tuple[int, int, int]]:
@@ -79,15 +79,15 @@ def _torch(
         rows = shared * (stop - start)
         q = q_BHND[:, :, start:stop].reshape(batch, groups, rows, size)
         # The shift takes the scores to where bfloat16 has steps of 3 %: they are added up in float32.
-        scores = wide(q @ k_BGMD[:, :, :reach].transpose(-1, -2)).view(batch, heads, stop - start, reach)
+        scores = wide(q @ k_BGMD[:, :, :reach].transpose(-1, -2)).reshape(batch, heads, stop - start, reach)
         if mask.bias is not None:
             scores = scores + _rows(mask.bias, start, stop, reach)
         scores = scores + shift
         if seen is not None:
             scores = scores.masked_fill(~_rows(seen, start, stop, reach), -torch.inf)
-        weights = F.dropout(scores.sigmoid().to(v_BGME.dtype), dropout).view(batch, groups, rows, reach)
+        weights = F.dropout(scores.sigmoid().to(v_BGME.dtype), dropout).reshape(batch, groups, rows, reach)
         o = weights @ v_BGME[:, :, :reach]
-        outputs.append(o.view(batch, heads, stop - start, v_BGME.shape[-1]))
+        outputs.append(o.reshape(batch, heads, stop - start, v_BGME.shape[-1]))
     return torch.cat(outputs, 2)
 
 

@@ -61,7 +61,11 @@ def test_rows_keep_gradients():
 def test_state_bytes_count_everything():
     cache = KVCache.empty(2, 3, 4, 5, torch.empty(0, dtype=torch.bfloat16))
     cache = cache.append(*(torch.zeros(2, 3, 7, d, dtype=torch.bfloat16) for d in (4, 5)), None)
-    assert attlas.state_bytes(cache) == 2 * 3 * 7 * (4 + 5) * 2 + 2 * 7
+    assert attlas.state_bytes(cache) == 2 * 3 * 7 * (4 + 5) * 2
+    padded = cache.append(
+        *(torch.zeros(2, 3, 1, d, dtype=torch.bfloat16) for d in (4, 5)), torch.zeros(2, 1, dtype=torch.bool)
+    )
+    assert padded.keep.rows.sum() == 2 * 7
     assert attlas.state_bytes((cache, 5, (torch.zeros(3),))) == attlas.state_bytes(cache) + 12
 
 

@@ -19,12 +19,11 @@ import math
 
 from torch import Tensor
 
-from attlas.core.errors import BadInput
+from attlas.core.errors import share
 from attlas.core.mask import Mask
-from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
+from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, EVERY_MASK, Example, Spec
-from attlas.core.state import KVCache
 from attlas.ops.sigmoid import sigmoid_attention, tiles
 
 PUBLISHED_LENGTH = 2048
@@ -49,7 +48,7 @@ SPEC = Spec(
 
 
 @register(SPEC)
-class Sigmoid(Attend):
+class Sigmoid(CachedAttend):
     """Sigmoid attention.
 
     Args:
@@ -60,20 +59,17 @@ class Sigmoid(Attend):
 
     def __init__(self, site: Site, backend: str = "auto", *, weight_dropout: float = 0.0) -> None:
         super().__init__(site, backend)
-        if not 0 <= weight_dropout < 1:
-            raise BadInput(f"weight_dropout is a share in [0, 1), got {weight_dropout}")
         self.shift = -math.log(site.length or PUBLISHED_LENGTH)
-        self.weight_dropout = weight_dropout
+        self.weight_dropout = share("weight_dropout", weight_dropout)
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        return self._attend(q_BHND, k_BGMD, v_BGME, call.mask)
+        dropout = self.weight_dropout if self.training else 0.0
+        return sigmoid_attention(
+            q_BHND, k_BGMD, v_BGME, call.mask, shift=self.shift, dropout=dropout, backend=self.backend
+        )
 
     oracle = compute  # the op's own oracle backend
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        dropout = self.weight_dropout if self.training else 0.0
-        return sigmoid_attention(q, k, v, mask, shift=self.shift, dropout=dropout, backend=self.backend)
 
     def count(self, sizes: Sizes) -> Cost:
         """Two products per visible pair; the torch backend's tiles reach to their last query."""
@@ -82,16 +78,3 @@ class Sigmoid(Attend):
         pairs = Mask(causal=causal).area(sizes.queries, sizes.keys, batch, heads)
         made = sum((stop - start) * reach for start, stop, reach in tiles(sizes.queries, sizes.keys, causal))
         return Cost(4 * pairs * size, 4 * batch * heads * made * size, pairs)
-
-    def initial_state(self, batch: int, like: Tensor) -> KVCache:
-        """An empty cache."""
-        size = self.site.head_dim
-        return KVCache.empty(batch, self.site.kv_heads, size, size, like)
-
-    def advance(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, keep: Tensor | None, tokens: Tensor | None
-    ) -> tuple[Tensor, KVCache]:
-        """Attend to the cache and the segment itself."""
-        state = state.append(k, v, keep)
-        mask = Mask(causal=True, keys=state.keep.rows[:, 0])
-        return self._attend(q, state.k.rows, state.v.rows, mask), state

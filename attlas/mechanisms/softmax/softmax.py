@@ -15,12 +15,11 @@ Attention", 2025 (arXiv:2510.01817), official code RxAI-dev/RxNN.
 
 from torch import Tensor
 
-from attlas.core.errors import BadInput
+from attlas.core.errors import share
 from attlas.core.mask import Mask
-from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
+from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, EVERY_MASK, Example, Spec
-from attlas.core.state import KVCache
 from attlas.ops.softmax import softmax_attention
 
 SPEC = Spec(
@@ -50,7 +49,7 @@ SPEC = Spec(
 
 
 @register(SPEC)
-class Softmax(Attend):
+class Softmax(CachedAttend):
     """Softmax attention.
 
     Args:
@@ -64,20 +63,17 @@ class Softmax(Attend):
         self, site: Site, backend: str = "auto", *, scale: float | None = None, weight_dropout: float = 0.0
     ) -> None:
         super().__init__(site, backend)
-        if not 0 <= weight_dropout < 1:
-            raise BadInput(f"weight_dropout is a share in [0, 1), got {weight_dropout}")
         self.scale = scale
-        self.weight_dropout = weight_dropout
+        self.weight_dropout = share("weight_dropout", weight_dropout)
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        return self._attend(q_BHND, k_BGMD, v_BGME, call.mask)
+        dropout = self.weight_dropout if self.training else 0.0
+        return softmax_attention(
+            q_BHND, k_BGMD, v_BGME, call.mask, scale=self.scale, dropout=dropout, backend=self.backend
+        )
 
     oracle = compute  # the op's own oracle backend
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        dropout = self.weight_dropout if self.training else 0.0
-        return softmax_attention(q, k, v, mask, scale=self.scale, dropout=dropout, backend=self.backend)
 
     def count(self, sizes: Sizes) -> Cost:
         """Two products per visible pair; the torch backend is counted over all pairs."""
@@ -85,18 +81,3 @@ class Softmax(Attend):
         mask = Mask(causal=self.site.causal and not sizes.cross)
         pairs = mask.area(sizes.queries, sizes.keys, batch, heads)
         return Cost(4 * pairs * size, 4 * batch * heads * sizes.queries * sizes.keys * size, pairs)
-
-    def initial_state(self, batch: int, like: Tensor) -> KVCache:
-        """An empty cache."""
-        size = self.site.head_dim
-        return KVCache.empty(batch, self.site.kv_heads, size, size, like)
-
-    def advance(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, keep: Tensor | None, tokens: Tensor | None
-    ) -> tuple[Tensor, KVCache]:
-        """Attend to the cache and the segment itself."""
-        state = state.append(k, v, keep)
-        keys = state.keep.rows[:, 0]
-        padded = keep is not None or not keys.all()
-        mask = Mask(causal=True, keys=keys if padded else None)
-        return self._attend(q, state.k.rows, state.v.rows, mask), state

@@ -1,0 +1,89 @@
+"""The product behind linear attention: o_n = sum_m (q_n.k_m) v_m, in any order of multiplication.
+
+B batch, H heads, N queries, M keys, D features, E value size, S chunks, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attlas.core.mask import Mask
+from attlas.ops.dispatch import Backend, Op
+
+CHUNK = 64
+
+
+def product_flops(queries: int, keys: int, size: int, value: int, causal: bool) -> tuple[int, int]:
+    """FLOPs of `feature_product` for one head: what it takes, and what the torch backend multiplies."""
+    needed = 2 * (queries + keys) * size * value
+    if not causal:
+        return needed, needed
+    chunk, padded = _chunks(queries)
+    before = max(keys - queries, 0)
+    return needed, 2 * padded * chunk * (size + value) + 2 * (2 * padded + before) * size * value
+
+
+def _chunks(queries: int) -> tuple[int, int]:
+    """Tokens of a chunk, and of all chunks together."""
+    chunk = max(1, min(CHUNK, queries))
+    return chunk, -(-queries // chunk) * chunk
+
+
+def _oracle(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum of all values, or of those not after the query, each weighted by the product q.k.
+
+    Computed and accumulated in the dtype of the inputs: widen half precision first.
+
+    Args:
+        q_BHND, k_BHMD, v_BHME: feature maps of queries and keys, and values. Queries are the last N of M.
+        state_BHDE: sum of k v^T over what came before the first key.
+        causal: a query sees no later key.
+
+    Returns:
+        (B, H, N, E), and the state behind the last key.
+    """
+    weights = q_BHND @ k_BHMD.transpose(-1, -2)
+    seen = Mask(causal=causal).pairs(q_BHND.shape[2], k_BHMD.shape[2], q_BHND.device)
+    o = (weights if seen is None else torch.where(seen, weights, 0)) @ v_BHME
+    after = k_BHMD.transpose(-1, -2) @ v_BHME
+    return (o, after) if state_BHDE is None else (o + q_BHND @ state_BHDE, after + state_BHDE)
+
+
+def _torch(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    queries, keys = q_BHND.shape[2], k_BHMD.shape[2]
+    before = max(keys - queries, 0) if causal else keys
+    seen_by_all = _summed(k_BHMD[:, :, :before], v_BHME[:, :, :before])
+    state = seen_by_all if state_BHDE is None else state_BHDE + seen_by_all
+    if not causal:
+        return (q_BHND @ state).to(q_BHND.dtype), state
+    chunk, padded = _chunks(queries)
+    # Keys lie opposite their queries: a negative pad cuts off the first ones, a positive one adds zeros.
+    front, back = queries - keys, padded - queries
+    k, v = (F.pad(x, (0, 0, front, back)).unflatten(2, (-1, chunk)) for x in (k_BHMD, v_BHME))
+    q = F.pad(q_BHND, (0, 0, 0, back)).unflatten(2, (-1, chunk))
+    states_BHSDE = torch.cat([state.unsqueeze(2), _summed(k, v)], 2).cumsum(2)
+    o = (q @ k.transpose(-1, -2)).tril() @ v + q @ states_BHSDE[:, :, :-1]
+    return o.flatten(2, 3)[:, :, :queries].to(q.dtype), states_BHSDE[:, :, -1]
+
+
+def _summed(k: Tensor, v: Tensor) -> Tensor:
+    return (k.transpose(-1, -2) @ v).to(v.dtype)  # autocast multiplies in half precision; sums are kept wide
+
+
+feature_product = Op("feature_product", Backend("torch", _torch), Backend("oracle", _oracle))

@@ -1,0 +1,65 @@
+"""The command line, as a user types it."""
+
+import pytest
+from typer.testing import CliRunner
+
+import attlas
+from attlas import cli
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a command line; returns (exit code, everything printed)."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", cli.Console(width=200, soft_wrap=True))
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli.app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_list_shows_what_matches(run):
+    _, everything = run("list")
+    for name in attlas.mechanisms():
+        assert f"{name} " in everything
+    _, linear = run("list", "--pattern", "causal self", "--family", "linear")
+    assert "lightning" in linear
+    assert "softmax" not in linear.replace("softmax(", "")
+    with pytest.raises(attlas.core.errors.UnknownName, match="did you mean 'linear'"):
+        run("list", "--family", "liner")
+
+
+@pytest.mark.parametrize("name", attlas.mechanisms())
+def test_show_says_everything_about_each(run, name):
+    code, text = run("show", name, "--size", "64", "--dim", "32", "--heads", "4")
+    spec = attlas.core.registry.mechanism(name).spec
+    assert code == 0
+    for expected in (spec.title, spec.paper, spec.complexity, "GFLOP", "parameters"):
+        assert expected in text
+
+
+def test_explain_names_the_backend(run):
+    _, text = run("explain", "softmax", "--size", "64", "--dim", "32", "--heads", "4")
+    assert "softmax_attention: torch" in text
+    with pytest.raises(attlas.core.errors.BadInput, match="dtype is one of"):
+        run("explain", "softmax", "--dtype", "int4")
+    with pytest.raises(attlas.core.errors.BadInput, match="written as 4096, 14x14"):
+        run("explain", "softmax", "--size", "big")
+
+
+def test_doctor_runs(run):
+    code, text = run("doctor")
+    assert code == 0
+    assert "torch" in text
+
+
+def test_a_users_mistake_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attlas", "show", "sofmax"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "did you mean 'softmax'" in capsys.readouterr().err
