@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 .PHONY: demo test test-full lint docs lock clean
 
 demo: $(VENV)/ready
-	$(BIN)/attlas demo
+	$(BIN)/attlas compare softmax,sigmoid,linear,lightning,aaren,pool --task text --store runs/demo
 
 test: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

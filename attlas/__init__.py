@@ -15,6 +15,7 @@ from attlas.core.mechanism import Attend, Mixer, auxiliary_loss
 from attlas.core.registry import mechanisms, register
 from attlas.core.spec import Spec
 from attlas.core.state import state_bytes
+from attlas.diagnose import doctor, explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "Spec",
     "attend",
     "auxiliary_loss",
+    "doctor",
+    "explain",
     "make_attend",
     "mechanisms",
     "mixer",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -14,9 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import attlas
-from attlas import doctor as doctoring
 from attlas.blocks.factory import resolve, settings_of
-from attlas.core.errors import AttlasError, BadInput, UnknownName
+from attlas.core.errors import AttlasError, BadInput
 from attlas.core.grid import Grid
 from attlas.core.registry import family_of, mechanism
 from attlas.core.spec import Pattern
@@ -31,6 +32,12 @@ app = typer.Typer(
 console = Console()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {
+    Pattern.NONCAUSAL_SELF: "NS",
+    Pattern.CAUSAL_SELF: "CS",
+    Pattern.NONCAUSAL_CROSS: "NC",
+    Pattern.CAUSAL_CROSS: "CC",
+}
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -66,25 +73,23 @@ def list_(
     """The mechanisms that match, in a table."""
     found = attlas.mechanisms(names, family=family, pattern=pattern, grid=grid)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("mechanism", "family", "self", "cross", "grids", "streams", "equation"):
-        table.add_column(heading, no_wrap=heading != "equation")
+    for heading in ("mechanism", "family", "patterns", "grids", "state"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("o =", overflow="fold")
     for name in found:
         spec = mechanism(name).spec
-        served = {
-            kind: " ".join(p.split()[0] for p in sorted(spec.patterns) if p.endswith(kind)) or "-"
-            for kind in ("self", "cross")
-        }
         table.add_row(
             name,
             family_of(mechanism(name)),
-            served["self"],
-            served["cross"],
-            " ".join(f"{rank}-D" for rank in spec.grids),
-            "yes" if spec.streams else "-",
-            escape(spec.equation),
+            " ".join(short if pattern in spec.patterns else "  " for pattern, short in SHORT.items()),
+            " ".join(str(rank) if rank in spec.grids else " " for rank in (1, 2, 3)),
+            "yes" if spec.streams else "",
+            escape(spec.equation.partition("= ")[2]),
         )
     console.print(table)
-    console.print(f"[dim]{len(found)} mechanisms; `attlas show NAME` says more[/dim]")
+    legend = ", ".join(f"{short} {pattern}" for pattern, short in SHORT.items())
+    console.print(f"[dim]{legend}; grids by number of axes; state: streams with `extend`[/dim]", highlight=False)
+    console.print(f"[dim]{len(found)} mechanisms; `attlas show NAME` says more[/dim]", highlight=False)
 
 
 @app.command()
@@ -99,7 +104,10 @@ def show(
     spec = cls.spec
     module = sys.modules[cls.__module__]
     console.rule(f"[bold]{name}[/bold]", align="left")
-    console.print(escape(inspect.getdoc(module) or ""), highlight=False)
+    for paragraph in (inspect.getdoc(module) or "").split("\n\n"):
+        lines = paragraph.splitlines()
+        formula = any(line.startswith(" ") for line in lines)
+        console.print(escape(paragraph if formula else " ".join(lines)), highlight=False, end="\n\n")
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
@@ -119,7 +127,6 @@ def show(
     }
     for key, value in rows.items():
         facts.add_row(key, escape(value))
-    console.print()
     console.print(facts)
     console.print(f"\n[bold]at {size} tokens, dim {dim}, {heads} heads[/bold]")
     for pattern in sorted(p for p in spec.patterns if p.endswith("self")):
@@ -144,7 +151,7 @@ def _show_cost(name: str, pattern: Pattern, grid: tuple[int, ...], dim: int, hea
         if cost.pairs:
             parts.append(f"{cost.pairs:,} visible pairs")
         parts.append(f"{sum(p.numel() for p in layer.parameters()):,} parameters")
-        explanation = doctoring.explain(layer, torch.zeros(1, Grid(grid).tokens, dim), grid=grid)
+        explanation = attlas.explain(layer, torch.zeros(1, Grid(grid).tokens, dim), grid=grid)
         console.print(f"  [bold]{pattern}[/bold] on {Grid(grid)}: {', '.join(parts)}")
         for line in str(explanation).splitlines():
             console.print(f"    {escape(line)}", highlight=False)
@@ -155,7 +162,7 @@ def _show_cost(name: str, pattern: Pattern, grid: tuple[int, ...], dim: int, hea
 @app.command()
 def doctor() -> None:
     """What runs on this machine, and what to do about what does not."""
-    for finding in doctoring.doctor():
+    for finding in attlas.doctor():
         mark = "[green]ok[/green]" if finding.usable else "[yellow]--[/yellow]"
         console.print(f"{mark}  [bold]{finding.what}[/bold]  {escape(finding.detail)}", highlight=False)
 
@@ -181,7 +188,184 @@ def explain(
         name, dim, heads, causal=causal, grid=grid, length=Grid(grid).tokens, **_values(setting or [])
     ).to(DTYPES[dtype])
     x = torch.zeros(batch, Grid(grid).tokens, dim, dtype=DTYPES[dtype])
-    console.print(escape(str(doctoring.explain(layer, x, grid=grid))), highlight=False)
+    console.print(escape(str(attlas.explain(layer, x, grid=grid))), highlight=False)
+
+
+PATTERNS = {"causal": (True,), "noncausal": (False,), "both": (False, True)}
+DEMO = "softmax,sigmoid,linear,lightning,aaren,pool"
+Store_ = Annotated[Path, typer.Option("--store", help="Folder of results; an interrupted run goes on from it.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Path of the report; in the store by default.")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Also run again what failed before.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A mechanism's setting, as agent.agents=16. May be repeated.")
+]
+
+
+@app.command()
+def bench(
+    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = DEMO,
+    sizes: Annotated[str, typer.Option(help="Lengths or grids: 256..16384 (doubling), 512,1000 or 14x14,56x56.")] = (
+        "256..8192"
+    ),
+    measures: Annotated[str, typer.Option(help="Of forward, forward+backward, prefill, decode.")] = "forward",
+    dtypes: Annotated[str, typer.Option(help="Of float32, bfloat16, float16.")] = "float32",
+    pattern: Annotated[str, typer.Option(help="causal, noncausal or both.")] = "noncausal",
+    backend: Annotated[str, typer.Option(help="Of the mechanisms; one that is named never falls back.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dim: Annotated[int, typer.Option(help="Channels.")] = 512,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
+    setting: Settings = None,
+    store: Store_ = Path("runs/bench"),
+    html: Html = None,
+    retry_failed: Retry = False,
+) -> None:
+    """Time, FLOPs, memory and state over lengths, against both softmax baselines; the efficiency lengths."""
+    from attlas.bench.speed import speed_jobs
+
+    if pattern not in PATTERNS:
+        raise BadInput(f"pattern is one of {', '.join(PATTERNS)}, got {pattern!r}")
+    jobs = speed_jobs(
+        _names(names),
+        _range(sizes),
+        measures=_list(measures),  # type: ignore[arg-type]  # an unknown one is refused there
+        dtypes=_list(dtypes),
+        causal=PATTERNS[pattern],
+        backend=backend,
+        params=_settings(setting),
+        batch=batch,
+        dim=dim,
+        heads=heads,
+        threads=threads,
+    )
+    _run(jobs, store, html, "Attention mechanisms measured", retry_failed=retry_failed)
+
+
+@app.command()
+def compare(
+    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = DEMO,
+    tasks: Annotated[str, typer.Option("--tasks", "--task", help="Of text, masked_text, digits, recall.")] = "text",
+    seeds: Annotated[int, typer.Option(help="Runs of each mechanism.")] = 3,
+    baseline: Annotated[str, typer.Option(help="What the others are held against.")] = "softmax",
+    parameters: Annotated[int | None, typer.Option(help="Budget of every model; the baseline's by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; the task's own by default.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence; the task's own by default.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Channels; the task's own by default.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers; the task's own by default.")] = None,
+    speed: Annotated[bool, typer.Option(help="Also measure speed over lengths, in the task's pattern.")] = True,
+    sizes: Annotated[str, typer.Option(help="Lengths of the speed sweep, as for bench.")] = "256..4096",
+    workers: Annotated[int, typer.Option(help="Trainings at a time; -1 is one per core.")] = -1,
+    setting: Settings = None,
+    store: Store_ = Path("runs/compare"),
+    html: Html = None,
+    retry_failed: Retry = False,
+) -> None:
+    """Train small models that differ in the mechanism alone, at equal parameters; one report with their speed."""
+    from attlas.bench.runner import compare_jobs
+    from attlas.bench.speed import speed_jobs
+    from attlas.bench.tasks import task_named
+
+    given = {"steps": steps, "length": length, "dim": dim, "layers": layers}
+    mechanisms = _names(names)
+    params = _settings(setting)
+    jobs: list[Any] = [
+        *compare_jobs(
+            mechanisms,
+            _list(tasks),
+            seeds=seeds,
+            baseline=baseline,
+            parameters=parameters,
+            params=params,
+            sizes={key: value for key, value in given.items() if value is not None},
+        )
+    ]
+    if speed:
+        patterns = sorted({task_named(task).causal for task in _list(tasks)})
+        jobs += speed_jobs(mechanisms, _range(sizes), causal=patterns, params=params)
+    _run(jobs, store, html, "Attention mechanisms compared", workers=workers, retry_failed=retry_failed)
+
+
+@app.command()
+def report(
+    store: Annotated[Path, typer.Argument(help="Folder of results.")],
+    html: Html = None,
+) -> None:
+    """The tables and the HTML file of a store, once more."""
+    from attlas.bench.store import Store, StoreError
+
+    if not store.is_dir():
+        raise StoreError(f"there is no store at {store}")
+    opened = Store(store)
+    runs = opened.runs()
+    if not runs:
+        raise StoreError(f"{store} holds no run yet: fill it with attlas bench or attlas compare")
+    _write_report(opened.records(), html or store / "report.html", runs[-1]["command"], "Attention mechanisms compared")
+
+
+def _run(jobs: list[Any], path: Path, html: Path | None, title: str, **options: Any) -> None:
+    """Do the jobs, show tables, write the report; Ctrl-C ends with 130 and loses nothing."""
+    from attlas.bench.runner import run
+    from attlas.bench.store import Store
+
+    command = shlex.join(["attlas", *sys.argv[1:]])
+    try:
+        records = run(jobs, Store(path), command=command, **options)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    _write_report(records, html or path / "report.html", command, title)
+
+
+def _write_report(records: list[Any], path: Path, command: str, title: str) -> None:
+    from attlas.bench import machine
+    from attlas.bench.report.html import write_html
+    from attlas.bench.report.terminal import terminal_tables
+
+    for table in terminal_tables(records):
+        console.print(table)
+    try:
+        written = write_html(records, path, command=command, machine=machine.describe(), title=title)
+    except OSError as error:
+        raise BadInput(f"the report could not be written to {path}: {error.strerror}; give another --html") from None
+    console.print(f"report: [bold]{escape(str(written))}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    """The mechanisms that names and wildcards mean; variants are kept as they are."""
+    found: list[str] = []
+    for name in _list(text):
+        base, colon, _ = name.partition(":")
+        found += [name] if colon and resolve(name) else attlas.mechanisms(base)
+    return list(dict.fromkeys(found))
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _range(text: str) -> list[tuple[int, ...]]:
+    """Sizes separated by commas; 256..4096 doubles from the first to the last."""
+    sizes: list[tuple[int, ...]] = []
+    for part in _list(text):
+        first, dots, last = part.partition("..")
+        if not dots:
+            sizes.append(_sizes(part))
+            continue
+        (size,), (end,) = _sizes(first), _sizes(last)
+        while size <= end:
+            sizes.append((size,))
+            size *= 2
+    return sizes
+
+
+def _settings(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
+    """agent.agents=16 and the like, by mechanism."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in _values(pairs or []).items():
+        mechanism_name, dot, key = name.partition(".")
+        if not dot:
+            raise BadInput(f"a setting is written as mechanism.name=value, got {name!r}")
+        settings.setdefault(mechanism_name, {})[key] = value
+    return settings
 
 
 def main() -> None:

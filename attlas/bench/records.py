@@ -41,7 +41,7 @@ class SpeedJob:
     heads: int = 8
     dtype: str = "float32"
     threads: int = 2
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict, hash=False)
     kind: Literal["speed"] = "speed"
 
 
@@ -59,6 +59,7 @@ class QualityJob:
         parameters: the budget that the model is fitted to.
         threads: torch threads.
         params: settings of the mechanism.
+        learning_rate: the highest of the schedule.
     """
 
     mechanism: str
@@ -73,7 +74,8 @@ class QualityJob:
     layers: int
     parameters: int
     threads: int = 1
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict, hash=False)
+    learning_rate: float = 6e-3
     kind: Literal["quality"] = "quality"
 
 
@@ -132,12 +134,13 @@ class QualityResult:
         metric: name of the task's measure, such as "bits per byte" or "accuracy".
         value: of the measure on held-out data, at the end.
         higher_is_better: which way the measure runs.
-        curve: (step, training loss) pairs.
+        curve: (step, training loss) pairs, in nats.
         parameters: of the model as built.
         mixer_parameters: of the mixers alone.
         state_bytes: per sequence at the task's length, over all layers; 0 where it does not stream.
         seconds: of training.
         tokens_per_second: of training.
+        details: the measure on named parts of the held-out data, where there are several.
     """
 
     metric: str
@@ -149,6 +152,7 @@ class QualityResult:
     state_bytes: int
     seconds: float
     tokens_per_second: float
+    details: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

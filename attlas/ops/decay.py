@@ -5,11 +5,14 @@ B batch, H heads, N tokens, D key size, E value size, n chunks, C tokens in a ch
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.kernels.cpu import decay as kernel
+from attlas.ops.dispatch import Backend, Op
 
 _BLOCK = 512  # tokens whose intermediate results stay in the cache
 
@@ -65,11 +68,12 @@ def chunked(
     state = _state(q_BHND, v_BHNE, state_BHDE)
     tokens = q_BHND.shape[2]
     block = max(chunk, _BLOCK) if q_BHND.device.type == "cpu" else tokens
+    parts = [x.split(block, 2) for x in (q_BHND, k_BHND, v_BHNE)]
+    keeps = itertools.repeat(None) if keep_BN is None else keep_BN.split(block, 1)
     rows = []
-    for start in range(0, tokens, block):
-        part = slice(start, start + block)
-        q, k, v = (x[:, :, part].to(state.dtype) for x in (q_BHND, k_BHND, v_BHNE))
-        o, state = _block(q, k, v, slopes_H, state, None if keep_BN is None else keep_BN[:, part], chunk)
+    for *tokens_of_block, keep in zip(*parts, keeps, strict=False):
+        q, k, v = (x.to(state.dtype) for x in tokens_of_block)
+        o, state = _block(q, k, v, slopes_H, state, keep, chunk)
         rows.append(o.to(v_BHNE.dtype))
     return torch.cat(rows, 2), state
 
@@ -146,3 +150,27 @@ def _state(q: Tensor, v: Tensor, state: Tensor | None) -> Tensor:
     if state is None:
         return q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=dtype)
     return state.to(dtype)
+
+
+def flops(tokens: int, size: int, value: int, chunk: int = 64) -> tuple[int, int]:
+    """FLOPs of one head: what the recurrence takes, and what `chunked` multiplies on a processor."""
+    needed = made = 0
+    for start in range(0, tokens, max(chunk, _BLOCK)):
+        block = min(tokens - start, max(chunk, _BLOCK))
+        rows = min(chunk, block)
+        padded = -(-block // rows) * rows
+        needed += 4 * block * size * value
+        made += 2 * padded * rows * (size + value) + 4 * padded * size * value
+    return needed, made
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *args: object) -> str | None:
+    """Why `cpu` cannot take these, or None."""
+    if torch.compiler.is_exporting():
+        return "an exported program must run where this kernel is not"
+    return kernel.refuses(q, k, v, slopes)
+
+
+decayed_linear_attention = Op(
+    "decayed_linear_attention", Backend("cpu", cpu, refuses), Backend("torch", chunked), Backend("oracle", oracle)
+)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
+from attlas.ops import decay
 from attlas.ops.dispatch import Backend, Op
 
 CHUNK = 64
@@ -86,4 +87,29 @@ def _summed(k: Tensor, v: Tensor) -> Tensor:
     return (k.transpose(-1, -2) @ v).to(v.dtype)  # autocast multiplies in half precision; sums are kept wide
 
 
-feature_product = Op("feature_product", Backend("torch", _torch), Backend("oracle", _oracle))
+def _cpu(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return decay.cpu(q_BHND, k_BHMD, v_BHME, _no_decay(q_BHND), state_BHDE)
+
+
+def _refuses(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, causal: bool = False) -> str | None:
+    if not causal:
+        return "over all keys there is nothing to gain on two matrix products"
+    if q.shape[2] != k.shape[2]:
+        return f"it takes as many queries as keys, not {q.shape[2]} and {k.shape[2]}"
+    return decay.refuses(q, k, v, _no_decay(q))
+
+
+def _no_decay(q_BHND: Tensor) -> Tensor:
+    return q_BHND.new_zeros(q_BHND.shape[1], dtype=torch.float32)
+
+
+feature_product = Op(
+    "feature_product", Backend("cpu", _cpu, _refuses), Backend("torch", _torch), Backend("oracle", _oracle)
+)

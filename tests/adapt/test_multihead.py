@@ -25,7 +25,7 @@ def assert_same(ours, theirs, *args, **kwargs):
     got, got_weights = ours(*args, **kwargs)
     expected, expected_weights = theirs(*args, **kwargs)
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-6 * max(1, float(expected.abs().max()))
+    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1)
     assert (got_weights is None) == (expected_weights is None)
     if got_weights is not None:
         assert got_weights.shape == expected_weights.shape

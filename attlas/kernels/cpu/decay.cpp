@@ -1,38 +1,61 @@
+// Causal decayed linear attention, forward and backward.
+//
+//     S_t = lambda S_{t-1} + k_t v_t^T        o_t = q_t S_t        lambda = exp(-slope)
+//
+// Everything here is one routine, the pass, over token streams x and y (D features) and z (E features) with a carried matrix S (D x E):
+//
+//     out_r = sum_{c <= r} lambda^(r-c) (x_r . y_c) z_c  +  lambda^(r+lead) x_r S          r, c = 0 .. n-1
+//     S    <- sum_c lambda^(n-lead-c) y_c z_c^T          +  lambda^n S
+//
+//     o    x = q    y = k    z = v    S = state                   lead 1
+//     dq   x = do   y = v    z = k    S = state^T                 lead 1
+//     dv   x = k    y = q    z = do   S = d final_state           lead 0, time runs backwards; S ends as d state
+//     dk   x = v    y = do   z = q    S = d final_state^T         lead 0, time runs backwards
+//
+// The lead is 0 backwards because there S is the gradient of the state *before* the token that follows, already decayed.
+// The pass takes CHUNK tokens at a time with S in the first-level cache. Decays are powers of lambda with exponents >= 0 only.
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <memory>
 #include <new>
+#include <type_traits>
 
 #include <omp.h>
 
 #include "simd.h"
 
-namespace attlas {
 namespace {
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int ROWS = 4;
+using namespace attlas;
+
+// A register tile is TILE rows of 2 vectors. With its operands it fits the registers: 32 of them, 16 with AVX2 and SSE.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int TILE = 8;
 #else
-constexpr int ROWS = 8;
+constexpr int TILE = 4;
 #endif
-#ifndef CHUNK_
-#define CHUNK_ 64
-#endif
-constexpr int CHUNK = CHUNK_;
-constexpr int PAD = 16;
+constexpr int CHUNK = 32;  // 32 measured faster than 64 and 128: the arithmetic above the diagonal grows with it
+constexpr int PAD = 16;    // workspace rows are padded to this many floats, a multiple of LANES and of TILE
+static_assert(PAD % LANES == 0 && PAD % TILE == 0 && CHUNK % PAD == 0);
 
-constexpr int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
+constexpr int64_t WORTH_THREADS = 1 << 19;  // multiply-adds that take longer than waking the other threads
 
-float decayed(float slope, int64_t tokens) {
-    float x = float(std::exp(-double(slope) * double(tokens)));
+int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
+
+// lambda^tokens. Subnormals become 0: some processors take a hundred times longer over them.
+float decay_over(float slope, int64_t tokens) {
+    const float x = float(std::exp(-double(slope) * double(tokens)));
     return x < FLT_MIN ? 0.0f : x;
 }
 
+// Rows of features; a negative stride runs backwards in time.
 template <class T>
 struct Rows {
-    T* data;
+    T* first;
     int64_t stride;
-    T* operator[](int64_t t) const { return data + t * stride; }
+    T* operator[](int64_t t) const { return first + t * stride; }
 };
 
 template <class T>
@@ -40,141 +63,387 @@ struct Stream {
     Rows<const T> x, y, z;
     Rows<T> out;
     int D, E, lead;
-    const float* state;
-    int64_t state_row, state_col;
-    float* final_state;
     float slope;
     int64_t length;
 };
 
 struct Workspace {
-    float *x, *y, *yt, *z, *scores, *state, *table;
-    static size_t floats(int D, int E) {
-        size_t d = padded(D), e = padded(E);
-        return CHUNK * (3 * d + e + ROWS + 2 + 14) + d * e + 64;
+    float *x, *y, *y_t, *z, *scores, *state, *powers;
+
+    static int64_t floats(int D, int E) {
+        const int64_t d = padded(D), e = padded(E);
+        return CHUNK * (3 * d + e + TILE + 2) + d * e;
     }
-    Workspace(float* base, int D, int E) {
-        size_t d = padded(D), e = padded(E);
-        x = base; y = x + CHUNK * d; yt = y + CHUNK * d; z = yt + CHUNK * d; scores = z + CHUNK * e;
-        state = scores + CHUNK * ROWS; table = state + d * e;
+
+    Workspace(float* memory, int D, int E) {
+        const int64_t d = padded(D), e = padded(E);
+        x = memory;
+        y = x + CHUNK * d;
+        y_t = y + CHUNK * d;
+        z = y_t + CHUNK * d;
+        scores = z + CHUNK * e;
+        state = scores + CHUNK * TILE;
+        powers = state + d * e + CHUNK;
+    }
+
+    // powers[-i] = lambda^i for i = 0 .. CHUNK; powers[i] = 0 for i = 1 .. CHUNK - 1, which is the causal mask.
+    void set_slope(float slope) {
+        std::fill(powers, powers + CHUNK, 0.0f);
+        for (int i = 0; i <= CHUNK; ++i) powers[-i] = decay_over(slope, i);
     }
 };
 
+// acc[i][:] += sum_k a[i * a_row + k * a_step] * b[k * b_row + :]
 template <int NV>
-ATTLAS_INLINE void multiply_add(vec (&acc)[ROWS][NV], const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int n) {
+ATTLAS_INLINE void multiply_add(vec (&acc)[TILE][NV], const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int n) {
     for (int k = 0; k < n; ++k) {
         vec row[NV];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) row[j] = load(b + j * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; ++j) acc[i][j] += a[i * a_row] * row[j];
-        a += a_col;
-        b += b_row;
+        for (int j = 0; j < NV; ++j) row[j] = load(b + k * b_row + j * LANES);
+        for (int i = 0; i < TILE; ++i)
+            for (int j = 0; j < NV; ++j) acc[i][j] += a[i * a_row + k * a_step] * row[j];
     }
 }
 
+// Calls tile(column, integral_constant<vectors>) over [0, n), n a multiple of LANES, two vectors at a time while there are two.
 template <class F>
-ATTLAS_INLINE void column_tiles(int n, F f) {
+ATTLAS_INLINE void for_column_tiles(int n, F tile) {
     int c = 0;
-    for (; c + 2 * LANES <= n; c += 2 * LANES) f(c, std::integral_constant<int, 2>());
-    for (; c < n; c += LANES) f(c, std::integral_constant<int, 1>());
+    for (; c + 2 * LANES <= n; c += 2 * LANES) tile(c, std::integral_constant<int, 2>());
+    if (c < n) tile(c, std::integral_constant<int, 1>());
+}
+
+// Calls part(column) for vectors that cover [0, width). The last one overlaps the one before rather than end early.
+template <class F>
+ATTLAS_INLINE void for_vectors(int width, F part) {
+    for (int c = 0; c < width; c += LANES) part(std::max(0, std::min(c, width - LANES)));
 }
 
 template <class T>
-ATTLAS_INLINE vec load_some(const T* p, int n) { return n >= LANES ? load(p) : load_part(p, n); }
-template <class T>
-ATTLAS_INLINE void store_some(T* p, vec x, int n) { if (n >= LANES) store(p, x); else store_part(p, x, n); }
-
-template <class T>
-void pack(Rows<const T> src, int64_t t0, int m, int width, float* dst) {
-    int ld = padded(width);
-    for (int r = 0; r < m; ++r)
-        for (int c = 0; c < width; c += LANES) store(dst + r * ld + c, load_some(src[t0 + r] + c, width - c));
+void pack(Rows<const T> tokens, int n, int width, float* rows) {
+    for (int r = 0; r < n; ++r)
+        for_vectors(width, [&](int c) { store(rows + r * padded(width) + c, load_first(tokens[r] + c, width - c)); });
 }
 
+// Row-major with weights, and transposed without: the state wants the one, the scores the other.
 template <class T>
-void pack_keys(Rows<const T> src, int64_t t0, int m, int width, const float* weight, float* dst, float* dst_t) {
-    int ld = padded(width);
-    for (int r = 0; r < m; r += LANES)
-        for (int c = 0; c < width; c += LANES) {
+void pack_keys(Rows<const T> tokens, int n, int width, const float* weights, float* rows, float* columns) {
+    for (int r = 0; r < n; r += LANES)
+        for_vectors(width, [&](int c) {
             vec tile[LANES];
             for (int i = 0; i < LANES; ++i) {
-                tile[i] = r + i < m ? load_some(src[t0 + r + i] + c, width - c) : vec{};
-                store(dst + (r + i) * ld + c, tile[i] * weight[r + i]);
+                tile[i] = r + i < n ? load_first(tokens[r + i] + c, width - c) : vec{};
+                store(rows + (r + i) * padded(width) + c, tile[i] * weights[r + i]);
             }
-            if (dst_t) {
             transpose(tile);
-            for (int i = 0; i < LANES; ++i) store(dst_t + (c + i) * CHUNK + r, tile[i]);
-            }
-        }
+            for (int i = 0; i < LANES; ++i) store(columns + (c + i) * CHUNK + r, tile[i]);
+        });
 }
 
-template <class T>
-void chunk(const Stream<T>& s, Workspace& w, int64_t t0, int m, bool outputs) {
-    const float* power = w.table + CHUNK;  // power[-i] = lambda^i, 0 for i < 0
-    const int D = s.D, E = s.E, d_ld = padded(D), e_ld = padded(E);
-    pack_keys(s.y, t0, m, D, power - (m - s.lead), w.y, outputs ? w.yt : nullptr);
-    pack(s.z, t0, m, E, w.z);
-    if (outputs) {
-        pack(s.x, t0, m, D, w.x);
-        for (int r0 = 0; r0 < m; r0 += ROWS) {
-            const float* x = w.x + r0 * d_ld;
-            const int visible = std::min(r0 + ROWS, m);
-            column_tiles((visible + LANES - 1) / LANES * LANES, [&](int c0, auto nv) {
-                vec acc[ROWS][nv()] = {};
-                multiply_add(acc, x, d_ld, 1, w.yt + c0, CHUNK, D);
-                for (int i = 0; i < ROWS; ++i)
-                    for (int j = 0; j < nv(); ++j)
-                        store(w.scores + i * CHUNK + c0 + j * LANES, acc[i][j] * load(power - (r0 + i) + c0 + j * LANES));
-            });
-            column_tiles(e_ld, [&](int e0, auto nv) {
-                vec acc[ROWS][nv()] = {};
-                multiply_add(acc, x, d_ld, 1, w.state + e0, e_ld, D);
-                for (int i = 0; i < ROWS; ++i)
-                    for (int j = 0; j < nv(); ++j) acc[i][j] *= power[-(r0 + i + s.lead)];
-                multiply_add(acc, w.scores, CHUNK, 1, w.z + e0, e_ld, visible);
-#pragma GCC unroll 8
-                for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-                    for (int j = 0; j < nv(); ++j)
-                        if (r0 + i < m && e0 + j * LANES < E)
-                            store_some(s.out[t0 + r0 + i] + e0 + j * LANES, acc[i][j], E - e0 - j * LANES);
-            });
-        }
+template <class T, int NV>
+ATTLAS_INLINE void store_tile(Rows<T> out, int column, int rows, int width, const vec (&acc)[TILE][NV]) {
+    if (rows >= TILE && width >= column + NV * LANES) {
+        for (int i = 0; i < TILE; ++i)
+            for (int j = 0; j < NV; ++j) store(out[i] + column + j * LANES, acc[i][j]);
+        return;
     }
-    const float decay = power[-m];
-    for (int d0 = 0; d0 < d_ld; d0 += ROWS)
-        column_tiles(e_ld, [&](int e0, auto nv) {
-            vec acc[ROWS][nv()];
-            float* state = w.state + d0 * e_ld + e0;
-            for (int i = 0; i < ROWS; ++i)
-                for (int j = 0; j < nv(); ++j) acc[i][j] = decay * load(state + i * e_ld + j * LANES);
-            multiply_add(acc, w.y + d0, 1, d_ld, w.z + e0, e_ld, m);
-            for (int i = 0; i < ROWS; ++i)
-                for (int j = 0; j < nv(); ++j) store(state + i * e_ld + j * LANES, acc[i][j]);
+    for (int i = 0; i < TILE; ++i)
+        for (int j = 0; j < NV; ++j)
+            if (const int c = column + j * LANES; i < rows && c < width) store_first(out[i] + c, acc[i][j], width - c);
+}
+
+// Reads the n tokens from t on into the workspace's y and z, ready for advance().
+template <class T>
+void read_keys(const Stream<T>& s, Workspace& w, int64_t t, int n) {
+    pack_keys<T>({s.y[t], s.y.stride}, n, s.D, w.powers - (n - s.lead), w.y, w.y_t);
+    pack<T>({s.z[t], s.z.stride}, n, s.E, w.z);
+}
+
+// Writes the outputs of the n tokens from t on, from the state before them.
+template <class T>
+void write_outputs(const Stream<T>& s, Workspace& w, int64_t t, int n) {
+    const int D = s.D, E = s.E, d_row = padded(D), e_row = padded(E);
+    pack<T>({s.x[t], s.x.stride}, n, D, w.x);
+    for (int r = 0; r < n; r += TILE) {
+        for (int64_t next = t + n + r; next < std::min(t + n + r + TILE, s.length); ++next) {
+            prefetch(s.x[next], D);
+            prefetch(s.y[next], D);
+            prefetch(s.z[next], E);
+        }
+        const float* x = w.x + r * d_row;
+        const int visible = std::min(r + TILE, n);
+        for_column_tiles((visible + LANES - 1) / LANES * LANES, [&](int c, auto vectors) {
+            vec acc[TILE][vectors()] = {};
+            multiply_add(acc, x, d_row, 1, w.y_t + c, CHUNK, D);
+            for (int i = 0; i < TILE; ++i)
+                for (int j = 0; j < vectors(); ++j) {
+                    const int column = c + j * LANES;
+                    store(w.scores + i * CHUNK + column, acc[i][j] * load(w.powers + column - (r + i)));
+                }
+        });
+        for_column_tiles(e_row, [&](int e, auto vectors) {
+            vec acc[TILE][vectors()] = {};
+            multiply_add(acc, x, d_row, 1, w.state + e, e_row, D);
+            for (int i = 0; i < TILE; ++i)
+                for (int j = 0; j < vectors(); ++j) acc[i][j] *= w.powers[-(r + i + s.lead)];
+            multiply_add(acc, w.scores, CHUNK, 1, w.z + e, e_row, visible);
+            store_tile<T>({s.out[t + r], s.out.stride}, e, n - r, E, acc);
+        });
+    }
+}
+
+// Moves the state past the n tokens in the workspace.
+void advance(Workspace& w, int D, int E, int n) {
+    const int d_row = padded(D), e_row = padded(E);
+    const float decay = w.powers[-n];
+    for (int d = 0; d < D; d += TILE)
+        for_column_tiles(e_row, [&](int e, auto vectors) {
+            vec acc[TILE][vectors()];
+            float* tile = w.state + d * e_row + e;
+            for (int i = 0; i < TILE; ++i)
+                for (int j = 0; j < vectors(); ++j) acc[i][j] = decay * load(tile + i * e_row + j * LANES);
+            multiply_add(acc, w.y + d, 1, d_row, w.z + e, e_row, n);
+            for (int i = 0; i < TILE; ++i)
+                for (int j = 0; j < vectors(); ++j) store(tile + i * e_row + j * LANES, acc[i][j]);
         });
 }
 
 template <class T>
-void run(const T* q, const T* k, const T* v, T* o, const float* slopes, int BH, int64_t N, int D, int E, int threads) {
-    size_t fl = Workspace::floats(D, E);
-    float* all = new (std::align_val_t(64)) float[fl * threads]();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int t = 0; t < BH; ++t) {
-        Workspace w(all + fl * omp_get_thread_num(), D, E);
-        for (int i = 0; i <= CHUNK; ++i) w.table[CHUNK - i] = decayed(slopes[t], i);
-        std::fill(w.state, w.state + padded(D) * padded(E), 0.f);
-        Stream<T> s{{q + t * N * D, D}, {k + t * N * D, D}, {v + t * N * E, E}, {o + t * N * E, E}, D, E, 1, nullptr, 0, 0, nullptr, slopes[t], N};
-        for (int64_t t0 = 0; t0 < N; t0 += CHUNK) chunk(s, w, t0, int(std::min<int64_t>(CHUNK, N - t0)), true);
+void run_tokens(const Stream<T>& s, Workspace& w, int64_t begin, int64_t end, bool outputs) {
+    for (int64_t t = begin; t < end; t += CHUNK) {
+        const int n = int(std::min<int64_t>(CHUNK, end - t));
+        read_keys(s, w, t, n);
+        if (outputs) write_outputs(s, w, t, n);
+        advance(w, s.D, s.E, n);
     }
-    ::operator delete[](all, std::align_val_t(64));
 }
+
 }  // namespace
-}  // namespace attlas
-extern "C" void proto(const void* q, const void* k, const void* v, void* o, const float* s, int BH, int64_t N, int D, int E, int threads, int bf) {
-    using namespace attlas;
-    if (bf) run((const bf16*)q, (const bf16*)k, (const bf16*)v, (bf16*)o, s, BH, N, D, E, threads);
-    else run((const float*)q, (const float*)k, (const float*)v, (float*)o, s, BH, N, D, E, threads);
+
+extern "C" {
+
+// An array of four axes, the last one contiguous; strides in elements.
+struct attlas_array {
+    void* data;
+    int64_t strides[3];
+};
+
+struct attlas_decay {
+    int64_t batch, heads, tokens, key_size, value_size;
+    const float* slopes;     // (heads)
+    const int64_t* lengths;  // (batch), or null: tokens from lengths[b] on do not exist
+    int32_t is_bf16, threads;
+};
+}
+
+namespace {
+
+using Array = attlas_array;
+using Problem = attlas_decay;
+
+struct Pass {
+    const Array &x, &y, &z, &out;
+    int D, E, lead;
+    bool backwards;
+    const Array& state;  // float (batch, heads, D, E), or (batch, heads, E, D) if transposed; zeros without data
+    bool transposed;
+    const Array* final_state;  // float (batch, heads, D, E); null if nobody wants it
+};
+
+template <class T>
+Rows<T> rows_of(const Array& x, int64_t b, int64_t h) {
+    return {static_cast<T*>(x.data) + b * x.strides[0] + h * x.strides[1], x.strides[2]};
+}
+
+int64_t length_of(const Problem& p, int64_t b) {
+    return p.lengths ? std::clamp<int64_t>(p.lengths[b], 0, p.tokens) : p.tokens;
+}
+
+template <class T>
+Stream<T> stream_of(const Problem& p, const Pass& pass, int64_t b, int64_t h) {
+    const int64_t length = length_of(p, b);
+    const auto in_order = [&](auto rows) {
+        return pass.backwards ? decltype(rows){rows[length - 1], -rows.stride} : rows;
+    };
+    return {in_order(rows_of<const T>(pass.x, b, h)),
+            in_order(rows_of<const T>(pass.y, b, h)),
+            in_order(rows_of<const T>(pass.z, b, h)),
+            in_order(rows_of<T>(pass.out, b, h)),
+            pass.D,
+            pass.E,
+            pass.lead,
+            p.slopes[h],
+            length};
+}
+
+void read_state(const Pass& pass, int64_t b, int64_t h, float* state) {
+    const int e_row = padded(pass.E);
+    std::fill_n(state, padded(pass.D) * e_row, 0.0f);
+    if (!pass.state.data) return;
+    const auto rows = rows_of<const float>(pass.state, b, h);
+    for (int d = 0; d < pass.D; ++d)
+        for (int e = 0; e < pass.E; ++e) state[d * e_row + e] = pass.transposed ? rows[e][d] : rows[d][e];
+}
+
+// Into how many segments to cut each stream so that the threads finish soonest: all segments run the pass, and all
+// but the last run its state part beforehand, a third of the work. A segment has four chunks or more.
+int count_segments(int64_t streams, int64_t tokens, int threads) {
+    const auto rounds = [&](int64_t tasks) { return double((tasks + threads - 1) / threads); };
+    int best = 1;
+    double least = rounds(streams);
+    for (int g = 2; g <= std::min<int64_t>(2 * threads, tokens / (4 * CHUNK)); ++g) {
+        const double cost = (rounds(streams * g) + rounds(streams * (g - 1)) / 3) / g;
+        if (cost < least) least = cost, best = g;
+    }
+    return best;
+}
+
+int64_t segment_start(int64_t segment, int segments, int64_t tokens) {
+    const int64_t chunks = (tokens + CHUNK - 1) / CHUNK;
+    return std::min(chunks * segment / segments * CHUNK, tokens);
+}
+
+// Runs the passes over all sequences and heads. False if there is no memory for the workspace.
+template <class T>
+bool run(const Problem& p, std::initializer_list<Pass> passes) {
+    const int64_t heads = p.batch * p.heads, streams = heads * int64_t(passes.size());
+    const int64_t D = padded(p.key_size), E = padded(p.value_size);
+    const bool parallel = streams * p.tokens * D * E >= WORTH_THREADS;
+    const int threads = parallel ? p.threads : 1;
+    const int segments = count_segments(streams, p.tokens, threads);
+
+    for (const Pass& pass : passes) advise_huge_pages(pass.out.data, heads * p.tokens * pass.E * sizeof(T));
+
+    const int64_t per_thread = std::max(Workspace::floats(D, E), Workspace::floats(E, D)), per_state = D * E;
+    const int64_t floats = threads * per_thread + streams * (segments - 1) * per_state;
+    constexpr std::align_val_t line{64};
+    const auto release = [](float* memory) { ::operator delete[](memory, line); };
+    const std::unique_ptr<float[], decltype(release)> memory(new (line, std::nothrow) float[floats](), release);
+    if (!memory) return false;
+    float* const segment_states = memory.get() + threads * per_thread;
+
+    // Calls task(stream, pass, b, h, segment, memory of the thread) for the first `count` segments of every stream.
+    const auto for_segments = [&](int count, auto task) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (parallel)
+        for (int64_t i = 0; i < streams * count; ++i) {
+            const int64_t stream = i / count, head = stream % heads;
+            float* const thread_memory = memory.get() + omp_get_thread_num() * per_thread;
+            task(stream, passes.begin()[stream / heads], head / p.heads, head % p.heads, i % count, thread_memory);
+        }
+    };
+    const auto state_of = [&](int64_t stream, int64_t segment) {
+        return segment_states + (stream * (segments - 1) + segment) * per_state;
+    };
+
+    for_segments(segments - 1, [&](int64_t stream, const Pass& pass, int64_t b, int64_t h, int64_t segment, float* own) {
+        const auto s = stream_of<T>(p, pass, b, h);
+        Workspace w(own, s.D, s.E);
+        w.state = state_of(stream, segment);
+        w.set_slope(s.slope);
+        run_tokens(s, w, segment_start(segment, segments, s.length), segment_start(segment + 1, segments, s.length), false);
+    });
+
+    for_segments(segments, [&](int64_t stream, const Pass& pass, int64_t b, int64_t h, int64_t segment, float* own) {
+        const auto s = stream_of<T>(p, pass, b, h);
+        Workspace w(own, s.D, s.E);
+        w.set_slope(s.slope);
+        read_state(pass, b, h, w.state);
+        int64_t begin = 0;
+        for (int64_t g = 0; g < segment; ++g) {
+            const int64_t end = segment_start(g + 1, segments, s.length);
+            const float decay = decay_over(s.slope, end - begin);
+            const float* gained = state_of(stream, g);
+            for (int64_t j = 0; j < per_state; ++j) w.state[j] = decay * w.state[j] + gained[j];
+            begin = end;
+        }
+        run_tokens(s, w, begin, segment_start(segment + 1, segments, s.length), true);
+
+        if (segment < segments - 1) return;
+        if (pass.final_state) {
+            const auto rows = rows_of<float>(*pass.final_state, b, h);
+            for (int d = 0; d < s.D; ++d) std::copy_n(w.state + d * padded(s.E), s.E, rows[d]);
+        }
+        const auto out = rows_of<T>(pass.out, b, h);
+        for (int64_t t = s.length; t < p.tokens; ++t) std::fill_n(out[t], s.E, T{});
+    });
+    return true;
+}
+
+// One token of one head by the recurrence, the state in place.
+template <class T>
+void step(const T* q, const T* k, const T* v, T* o, Rows<float> state, float decay, int D, int E) {
+    const auto columns = [&](int e, auto vectors) {
+        const int width = E - e;
+        vec value[vectors()], acc[vectors()] = {};
+        for (int j = 0; j < vectors(); ++j) value[j] = load_first(v + e + j * LANES, width - j * LANES);
+        for (int d = 0; d < D; ++d) {
+            const float key = to_float(k[d]), query = to_float(q[d]);
+            float* const row = state[d] + e;
+            for (int j = 0; j < vectors(); ++j) {
+                const vec after = decay * load_first(row + j * LANES, width - j * LANES) + key * value[j];
+                store_first(row + j * LANES, after, width - j * LANES);
+                acc[j] += query * after;
+            }
+        }
+        for (int j = 0; j < vectors(); ++j) store_first(o + e + j * LANES, acc[j], width - j * LANES);
+    };
+    int e = 0;
+    for (; e + 4 * LANES <= E; e += 4 * LANES) columns(e, std::integral_constant<int, 4>());
+    for (; e < E; e += LANES) columns(e, std::integral_constant<int, 1>());
+}
+
+template <class T>
+void run_steps(const Problem& p, const Array& q, const Array& k, const Array& v, const Array& state, const Array& o,
+               const Array& final_state) {
+    const int D = p.key_size, E = p.value_size;
+    advise_huge_pages(final_state.data, p.batch * p.heads * D * E * sizeof(float));
+#pragma omp parallel for collapse(2) num_threads(p.threads) if (p.batch * p.heads * D * E >= WORTH_THREADS)
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = 0; h < p.heads; ++h) {
+            const auto S = rows_of<float>(final_state, b, h);
+            for (int d = 0; d < D; ++d)
+                if (state.data) std::copy_n(rows_of<const float>(state, b, h)[d], E, S[d]);
+                else std::fill_n(S[d], E, 0.0f);
+            const auto q_h = rows_of<const T>(q, b, h), k_h = rows_of<const T>(k, b, h), v_h = rows_of<const T>(v, b, h);
+            const auto o_h = rows_of<T>(o, b, h);
+            const int64_t length = length_of(p, b);
+            const float decay = decay_over(p.slopes[h], 1);
+            for (int64_t t = 0; t < length; ++t) step(q_h[t], k_h[t], v_h[t], o_h[t], S, decay, D, E);
+            for (int64_t t = length; t < p.tokens; ++t) std::fill_n(o_h[t], E, T{});
+        }
+}
+
+template <class T>
+bool forward(const Problem& p, const Array* arrays) {
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3], &o = arrays[4], &final_state = arrays[5];
+    const int D = p.key_size, E = p.value_size;
+    if (2 * p.tokens >= TILE) return run<T>(p, {{q, k, v, o, D, E, 1, false, state, false, &final_state}});
+    run_steps<T>(p, q, k, v, state, o, final_state);  // too few tokens to fill half a register tile
+    return true;
+}
+
+template <class T>
+bool backward(const Problem& p, const Array* arrays) {
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3], &grad_o = arrays[4], &grad_final = arrays[5];
+    const Array &grad_q = arrays[6], &grad_k = arrays[7], &grad_v = arrays[8], &grad_state = arrays[9];
+    const int D = p.key_size, E = p.value_size;
+    return run<T>(p, {{grad_o, v, k, grad_q, E, D, 1, false, state, true, nullptr},
+                      {k, q, grad_o, grad_v, D, E, 0, true, grad_final, false, &grad_state},
+                      {v, grad_o, q, grad_k, E, D, 0, true, grad_final, true, nullptr}});
+}
+
+}  // namespace
+
+// Both write their results in full and return 0, or 1 if there is no memory for the workspace.
+// Tokens are bf16 or float (batch, heads, tokens, size); states are float (batch, heads, key_size, value_size).
+extern "C" {
+
+// arrays: q, k, v, state (no data for zeros); results o, final state.
+int attlas_decay_forward(const Problem* p, const Array* arrays) {
+    return !(p->is_bf16 ? forward<bf16>(*p, arrays) : forward<float>(*p, arrays));
+}
+
+// arrays: q, k, v, state (no data for zeros), gradients of o and final state; results gradients of q, k, v, state.
+int attlas_decay_backward(const Problem* p, const Array* arrays) {
+    return !(p->is_bf16 ? backward<bf16>(*p, arrays) : backward<float>(*p, arrays));
+}
 }

@@ -1,10 +1,16 @@
-// The vector register of the machine that compiles this file, in compiler vector extensions: one source for AVX-512, AVX2, SSE and NEON.
+// One vector register of the machine that compiles this, in compiler vector extensions: the same source for AVX-512, AVX2, SSE and NEON.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#define ATTLAS_INLINE static inline __attribute__((always_inline))
 
 namespace attlas {
 
@@ -24,7 +30,14 @@ struct bf16 {
     uint16_t bits;
 };
 
-#define ATTLAS_INLINE static inline __attribute__((always_inline))
+ATTLAS_INLINE float to_float(float x) { return x; }
+
+ATTLAS_INLINE float to_float(bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
 
 ATTLAS_INLINE vec load(const float* p) {
     vec x;
@@ -40,59 +53,68 @@ ATTLAS_INLINE vec load(const bf16* p) {
 
 ATTLAS_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 
-// Round to nearest even; NaN stays NaN, where the carry of the rounding could have made it infinite.
+// Rounds to nearest, ties to even. A NaN becomes the quiet NaN: the carry of the rounding could turn it into an infinity.
 ATTLAS_INLINE void store(bf16* p, vec x) {
-    vec_u32 bits = (vec_u32)x, nan = (vec_u32)(x != x);
+    const vec_u32 nan = (vec_u32)(x != x);
+    vec_u32 bits = (vec_u32)x;
     bits += 0x7fff + ((bits >> 16) & 1);
     bits = (bits & ~nan) | (nan & 0x7fc00000);
-    vec_u16 top = __builtin_convertvector(bits >> 16, vec_u16);
+    const vec_u16 top = __builtin_convertvector(bits >> 16, vec_u16);
     std::memcpy(p, &top, sizeof top);
 }
 
-// The first n lanes only; the others read as 0.
+// As load, but only the first n elements exist; the other lanes are 0.
 template <class T>
-ATTLAS_INLINE vec load_part(const T* p, int n) {
+ATTLAS_INLINE vec load_first(const T* p, int n) {
+    if (n >= LANES) return load(p);
     T lanes[LANES] = {};
     std::memcpy(lanes, p, n * sizeof(T));
     return load(lanes);
 }
 
 template <class T>
-ATTLAS_INLINE void store_part(T* p, vec x, int n) {
+ATTLAS_INLINE void store_first(T* p, vec x, int n) {
+    if (n >= LANES) return store(p, x);
     T lanes[LANES];
     store(lanes, x);
     std::memcpy(p, lanes, n * sizeof(T));
 }
 
-ATTLAS_INLINE float load_one(const float* p) { return *p; }
-
-ATTLAS_INLINE float load_one(const bf16* p) {
-    uint32_t bits = uint32_t(p->bits) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+template <class T>
+ATTLAS_INLINE void prefetch(const T* p, int n) {
+    constexpr int line = 64 / sizeof(T);
+    for (int i = 0; i < n; i += line) __builtin_prefetch(p + i);
 }
 
-// Exchanges the lanes of a whose index has bit HALF with the lanes of b whose index has not.
+// Exchanges the lanes of a whose index has the bit HALF with the lanes of b whose index has not.
 template <int HALF, std::size_t... I>
 ATTLAS_INLINE void exchange(vec& a, vec& b, std::index_sequence<I...>) {
 #if defined(__clang__)
-    vec low = __builtin_shufflevector(a, b, (int(I) & HALF ? LANES + int(I) - HALF : int(I))...);
-    vec high = __builtin_shufflevector(a, b, (int(I) & HALF ? LANES + int(I) : int(I) + HALF)...);
+    const vec low = __builtin_shufflevector(a, b, (I & HALF ? LANES + I - HALF : I)...);
+    const vec high = __builtin_shufflevector(a, b, (I & HALF ? LANES + I : I + HALF)...);
 #else
-    vec low = __builtin_shuffle(a, b, vec_u32{(I & HALF ? LANES + I - HALF : I)...});
-    vec high = __builtin_shuffle(a, b, vec_u32{(I & HALF ? LANES + I : I + HALF)...});
+    const vec low = __builtin_shuffle(a, b, vec_u32{(I & HALF ? LANES + I - HALF : I)...});
+    const vec high = __builtin_shuffle(a, b, vec_u32{(I & HALF ? LANES + I : I + HALF)...});
 #endif
     a = low;
     b = high;
 }
 
-// Transposes a square of LANES x LANES in registers, halving the blocks at each step.
+// Transposes LANES x LANES floats in registers, by blocks of half the size at each step.
 template <int HALF = LANES / 2>
 ATTLAS_INLINE void transpose(vec (&rows)[LANES]) {
     for (int i = 0; i < LANES; ++i)
         if (!(i & HALF)) exchange<HALF>(rows[i], rows[i + HALF], std::make_index_sequence<LANES>());
     if constexpr (HALF > 1) transpose<HALF / 2>(rows);
+}
+
+// Asks for huge pages under a large fresh buffer: first touching one small page at a time can cost as much as the arithmetic.
+ATTLAS_INLINE void advise_huge_pages(void* data, std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t huge = 2 << 20;
+    const std::uintptr_t begin = (std::uintptr_t(data) + huge - 1) & -huge, end = (std::uintptr_t(data) + bytes) & -huge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace attlas

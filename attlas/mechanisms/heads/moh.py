@@ -7,7 +7,7 @@ p = softmax(W_r x); all other gates are 0.
 
     g = w₁ h_s softmax(W_s x)                over the shared heads; without the softmax when there is one
     g = w₂ K p_h / (sum of the K kept p)     over the kept ones
-    [w₁, w₂] = 2 softmax(W_b x);             1 when all heads are shared or none is
+    [w₁, w₂] = 2 softmax(W_b x);             both 1 when all heads are shared or none is
 
 so that routers of zeros and K = h_r give gates of 1, plain attention. These are the scales of the official
 code; the paper has no factors h_s, K and 2, and does not renormalise. The router sees the tokens that the
@@ -18,14 +18,15 @@ the balance loss
 
 over real tokens: balance K for even use of the heads, balance h_r where all tokens pick the same.
 
-tokens (B, N, C), q (B, H, N, D), k (B, G, M, D), v (B, G, M, E). The mathematics needs the kept (token, head)
-pairs only, a share (h_s + K) / H of O(N M D H), and keys and values of all heads: `Cost.flops` and `Cost.pairs`
-count that. The official code and the backends here compute all heads and multiply by the gates, which is
+tokens (B, N, C), q (B, H, N, D), k (B, G, M, D), v (B, G, M, E). The mathematics needs kept (token, head) pairs
+only, a share (h_s + K) / H of O(N M D H), and keys and values of all heads: `Cost.flops` and `Cost.pairs` count
+that. The official code and the backends here compute all heads and multiply by the gates, which is
 `Cost.executed`. The state is a key/value cache.
 
-Source: Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024 (arXiv:2410.11842), official
-code SkyworkAI/MoH: MoH-DiT has this attention, MoH-ViT the same gates on a cosine attention. By default a
-quarter of the heads is shared and half of all are picked, the plan of the "75 %" models at 12 and 16 heads.
+Source: Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", 2024 (arXiv:2410.11842),
+official code SkyworkAI/MoH: MoH-DiT has this attention, MoH-ViT the same gates on a cosine attention. By
+default a quarter of the heads is shared and half of all are picked, the plan of the "75 %" models at 12 and 16
+heads; the variant "50" is that of the 50 % model at 16.
 """
 
 import torch
@@ -118,31 +119,29 @@ class MoH(CachedAttend):
         routed = site.heads - shared
         active = min(max(1, site.heads // 2), routed) if active_heads is None else active_heads
         if not min(1, routed) <= active <= routed:
-            raise BadInput(
-                f"active_heads is {min(1, routed)} to {routed}, the heads that are not shared, got {active}"
-            )
+            raise BadInput(f"active_heads is {min(1, routed)} to {routed}, the heads that are not shared, got {active}")
         if balance < 0:
             raise BadInput(f"balance is a coefficient and cannot be negative, got {balance}")
         self.shared, self.routed, self.active = shared, routed, active
         self.balance = balance
         self.weight_dropout = share("weight_dropout", weight_dropout)
-        self.route = nn.Linear(site.dim, routed, bias=False) if routed else None
-        self.share = nn.Linear(site.dim, shared, bias=False) if shared > 1 else None
-        self.weigh = nn.Linear(site.dim, 2, bias=False) if shared and routed else None
+        self.pick = nn.Linear(site.dim, routed, bias=False) if routed else None
+        self.weigh = nn.Linear(site.dim, shared, bias=False) if shared > 1 else None
+        self.split = nn.Linear(site.dim, 2, bias=False) if shared and routed else None
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """All heads, times their gates."""
         gates_BNH = self.gates(self._check_tokens(call.tokens, q_BHND), call.mask.queries)
         dropout = self.weight_dropout if self.training else 0.0
-        o = softmax_attention(q_BHND, k_BGMD, v_BGME, call.mask, dropout=dropout, backend=self.backend)
-        return o * gates_BNH.transpose(1, 2).unsqueeze(-1).to(o.dtype)
+        o_BHNE = softmax_attention(q_BHND, k_BGMD, v_BGME, call.mask, dropout=dropout, backend=self.backend)
+        return o_BHNE * gates_BNH.transpose(1, 2).unsqueeze(-1).to(o_BHNE.dtype)
 
     def _check_tokens(self, tokens: Tensor | None, q: Tensor) -> Tensor:
         shape = (q.shape[0], q.shape[2], self.site.dim)
         if tokens is None or tokens.shape != shape:
             raise BadInput(
-                f"moh picks heads by the tokens that queries are made of: pass tokens of shape {shape} (a layer "
-                f"of attlas.mixer does), got {None if tokens is None else tuple(tokens.shape)}"
+                f"moh picks heads by the tokens that queries are made of: pass tokens of shape {shape} "
+                f"(a layer of attlas.mixer does), got {None if tokens is None else tuple(tokens.shape)}"
             )
         return tokens
 
@@ -154,26 +153,29 @@ class MoH(CachedAttend):
             keep_BN: which tokens are real and count in the balance loss; None for all.
         """
         shared_BNS = wide(tokens_BNC.new_ones(*tokens_BNC.shape[:2], self.shared))
-        if self.share is not None:
-            shared_BNS = self.shared * _softmax(self.share, tokens_BNC)
-        if self.route is None:
+        if self.weigh is not None:
+            shared_BNS = self.shared * _softmax(self.weigh, tokens_BNC)
+        if self.pick is None:
             return shared_BNS
-        p_BNR = _softmax(self.route, tokens_BNC)
-        kept_BNR = torch.zeros_like(p_BNR).scatter(-1, p_BNR.topk(self.active).indices, 1)
-        if self.training:
-            self.auxiliary = self._balance_loss(p_BNR, kept_BNR, keep_BN)
+        p_BNR, kept_BNR = self._pick(self.pick, tokens_BNC, keep_BN)
         routed_BNR = p_BNR * kept_BNR
         routed_BNR = self.active * routed_BNR / routed_BNR.sum(-1, keepdim=True)
-        if self.weigh is None:
+        if self.split is None:
             return routed_BNR
-        w_BN2 = 2 * _softmax(self.weigh, tokens_BNC)
+        w_BN2 = 2 * _softmax(self.split, tokens_BNC)
         return torch.cat([w_BN2[..., :1] * shared_BNS, w_BN2[..., 1:] * routed_BNR], -1)
 
-    def _balance_loss(self, p_BNR: Tensor, kept_BNR: Tensor, keep_BN: Tensor | None) -> Tensor:
-        real_BN = torch.ones_like(p_BNR[..., 0]) if keep_BN is None else keep_BN.to(p_BNR)
-        weight_BN1 = (real_BN / real_BN.sum().clamp(min=1)).unsqueeze(-1)
-        share_R, use_R = ((weight_BN1 * each).sum((0, 1)) for each in (p_BNR, kept_BNR))
-        return self.balance / self.site.layers * self.routed**2 * (share_R * use_R).mean()
+    def _pick(self, router: nn.Linear, tokens_BNC: Tensor, keep_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """p and the 0/1 choice over the routed heads; sets the balance loss in training."""
+        p_BNR = _softmax(router, tokens_BNC)
+        kept_BNR = torch.zeros_like(p_BNR).scatter(-1, p_BNR.topk(self.active).indices, 1)
+        if self.training:
+            real_BN = torch.ones_like(p_BNR[..., 0]) if keep_BN is None else keep_BN.to(p_BNR)
+            mean_BN1 = (real_BN / real_BN.sum().clamp(min=1)).unsqueeze(-1)
+            share_R, use_R = (mean_BN1 * p_BNR).sum((0, 1)), (mean_BN1 * kept_BNR).sum((0, 1))
+            coefficient = self.balance / self.site.layers * self.routed**2
+            self.auxiliary = coefficient * (share_R * use_R).mean()
+        return p_BNR, kept_BNR
 
     def oracle(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Token by token over the heads that it keeps, and over nothing else."""
@@ -192,15 +194,17 @@ class MoH(CachedAttend):
                     scores = k_BGMD[b, g, m] @ q_BHND[b, h, n] * size**-0.5 + bias[b, h, n, m]
                     weights = F.dropout(scores.softmax(0), self.weight_dropout, self.training)
                     o_BHNE[b, h, n] = gate * (weights @ v_BGME[b, g, m])
+        if self.training and self.pick is not None:
+            self._pick(self.pick, x_BNC, mask.queries)  # sets the balance loss
         return o_BHNE
 
     def _kept(self, x_C: Tensor) -> list[tuple[int, Tensor]]:
         """The heads of one token with their gates."""
-        w_shared, w_routed = 2 * _softmax(self.weigh, x_C) if self.weigh else x_C.new_ones(2)
-        p_S = _softmax(self.share, x_C) if self.share else x_C.new_ones(1)
+        w_shared, w_routed = 2 * _softmax(self.split, x_C) if self.split else x_C.new_ones(2)
+        p_S = _softmax(self.weigh, x_C) if self.weigh else x_C.new_ones(1)
         kept = [(h, w_shared * self.shared * p_S[h]) for h in range(self.shared)]
-        if self.route is not None:
-            p_R = _softmax(self.route, x_C)
+        if self.pick is not None:
+            p_R = _softmax(self.pick, x_C)
             chosen = p_R.argsort(descending=True)[: self.active].tolist()
             total = sum(p_R[r] for r in chosen)
             kept += [(self.shared + r, w_routed * self.active * p_R[r] / total) for r in chosen]

@@ -1,0 +1,1 @@
+"""Our own kernels, known to `ops` alone."""
