@@ -24,7 +24,7 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Written from pyproject.toml; `make test` installs exactly these versions.
 lock: $(VENV)/bin/uv

@@ -25,7 +25,7 @@ def main() -> None:
     header = "| mechanism | family | equation | year |\n| --- | --- | --- | --- |\n"
     (folder / "index.md").write_text("# Mechanisms\n\n" + header + "\n".join(rows) + "\n")
     root = PAGES.parent.parent
-    (PAGES / "index.md").write_text((root / "README.md").read_text())
+    (PAGES / "index.md").write_text((root / "README.md").read_text().replace("CONTRIBUTING.md", "contributing.md"))
     (PAGES / "contributing.md").write_text((root / "CONTRIBUTING.md").read_text())
 
 
