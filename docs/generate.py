@@ -39,7 +39,7 @@ def page(name: str) -> str:
         [
             f"# {name}",
             f"*{spec.title}* ({spec.year}), {spec.paper}",
-            f"\n```text\n{text}\n```\n",
+            f"\n{text}\n",
             f"**Patterns**: {', '.join(sorted(spec.patterns))}  ",
             f"**Grids**: {', '.join(f'{rank}-D' for rank in spec.grids)}  ",
             f"**Masks**: {', '.join(sorted(spec.masks)) or 'none'}  ",
