@@ -115,8 +115,7 @@ def show(
     rows = {
         "paper": f"{spec.title} ({spec.year}), {spec.paper}",
         "patterns": ", ".join(sorted(spec.patterns)),
-        "grids": ", ".join(f"{rank}-D" for rank in spec.grids)
-        + (" with prefix tokens" if spec.prefix else ""),
+        "grids": ", ".join(f"{rank}-D" for rank in spec.grids) + (" with prefix tokens" if spec.prefix else ""),
         "masks": ", ".join(sorted(spec.masks)) or "none",
         "streams": "yes, with `extend`" if spec.streams else "no",
         "complexity": spec.complexity,

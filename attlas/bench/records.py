@@ -107,7 +107,7 @@ class SpeedResult:
         flops: what the mathematics needs, FLOP = 2 MAC, for this measure (see `attlas.core.Cost`).
         executed: matrix-product FLOPs that ran, as FlopCounterMode counts.
         pairs: visible pairs of one forward, 0 where there are none.
-        state_bytes: of the carried state behind the sequence; 0 without one.
+        state_bytes: of the state carried behind the sequence, in prefill and decode; else 0.
         peak_bytes: of memory that the call allocates above what stood before it.
         gemm_rate, bandwidth: FLOP/s and bytes/s that this machine reached in the same run.
         oracle_error: relative RMS error of this layer against its oracle at a small size.

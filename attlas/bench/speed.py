@@ -16,10 +16,11 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -65,8 +66,15 @@ LONG = 5.0
 CHECKED = 128
 """Tokens at which a layer is held against its oracle, at most."""
 
+WEIGHED = 512
+"""Tokens from which the memory of a longer call is predicted."""
+
 SEGMENT = 1024
 """Tokens at a time that fill the state for decoding."""
+
+
+Before = TypeVar("Before")
+After = TypeVar("After")
 
 
 class OracleMismatch(AttlasError):
@@ -164,18 +172,36 @@ def measure(job: SpeedJob) -> SpeedResult:
 
 def _measure(jobs: Sequence[SpeedJob]) -> list[SpeedResult | Exception]:
     """Results, or what went wrong, of jobs that share the number of threads."""
-    trials: list[_Trial | Exception] = []
     with machine.threads(jobs[0].threads):
-        for job in jobs:
-            try:
-                trials.append(_Trial(job))
-            except Exception as problem:  # a mechanism that fails is data
-                trials.append(problem)
-        for _ in range(TURNS):
-            for trial in trials:
-                if isinstance(trial, _Trial):
-                    trial.turn(SECONDS / TURNS)
-    return [trial.result() if isinstance(trial, _Trial) else trial for trial in trials]
+        trials = _each(_Trial, jobs)
+        with _no_collection():
+            for _ in range(TURNS):
+                trials = _each(_Trial.turn, trials)
+    return _each(_Trial.result, trials)
+
+
+def _each(step: Callable[[Before], After], items: Sequence[Before | Exception]) -> list[After | Exception]:
+    """What `step` makes of every item, or what went wrong, in this step or before: failures are data."""
+
+    def attempt(item: Before) -> After | Exception:
+        try:
+            return step(item)
+        except Exception as problem:
+            return problem
+
+    return [item if isinstance(item, Exception) else attempt(item) for item in items]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out of the timings."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Trial:
@@ -187,7 +213,7 @@ class _Trial:
         self.call = _call(job)
         self.steps = 0
         self.samples: list[float] = []
-        self.long = self._warm_up()
+        self.once = self._warm_up()
         self.observed = observe(self.call)
         self.steps = 0
 
@@ -214,20 +240,17 @@ class _Trial:
             fastest = seconds
         return False
 
-    def turn(self, seconds: float) -> None:
-        """Time calls for `seconds`, at least one."""
-        if self.long:
-            return
-        collecting = gc.isenabled()
-        gc.disable()
-        end = time.perf_counter() + seconds
-        self.samples.append(self._time())
-        while time.perf_counter() < end:
+    def turn(self) -> _Trial:
+        """Time calls for this trial's share of a turn, at least one."""
+        end = time.perf_counter() + SECONDS / TURNS
+        while not self.once:
             self.samples.append(self._time())
-        if collecting:
-            gc.enable()
+            if time.perf_counter() >= end:
+                break
+        return self
 
     def result(self) -> SpeedResult:
+        """What was found out."""
         lower, median, upper = np.quantile(self.samples, [0.25, 0.5, 0.75]).tolist()
         call, cost = self.call, self.call.cost()
         return SpeedResult(
@@ -276,16 +299,17 @@ def observe(call: _Call) -> Observed:
 
 
 def predicted_bytes(job: SpeedJob) -> float:
-    """Peak bytes of a call, by the parabola through two small sizes and the origin; measured where it is small."""
-    sizes = _halvings(job.grid)
-    if len(sizes) <= 2:
-        return _peak_bytes(job)
-    small, smaller = (math.prod(grid) for grid in sizes[-2:])
-    each, less = (_peak_bytes(replace(job, grid=grid)) / math.prod(grid) for grid in sizes[-2:])
-    square = max(0.0, (each - less) / (small - smaller))
-    linear = max(0.0, less - square * smaller)
-    tokens = math.prod(job.grid)
-    return tokens * (square * tokens + linear)
+    """Peak bytes of a call, by the parabola through two sizes of about `WEIGHED` tokens and the origin.
+
+    Each sequence of a batch counts as the first.
+    """
+    sizes = _halvings(job.grid, WEIGHED)[-2:]
+    tokens = [math.prod(grid) for grid in sizes]
+    each = [_peak_bytes(replace(job, grid=grid, batch=1)) / math.prod(grid) for grid in sizes]
+    square = max(0.0, (each[0] - each[-1]) / (tokens[0] - tokens[-1])) if len(sizes) > 1 else 0.0
+    linear = max(0.0, each[-1] - square * tokens[-1])
+    wanted = math.prod(job.grid)
+    return job.batch * wanted * (square * wanted + linear)
 
 
 def check_memory(job: SpeedJob) -> None:
@@ -313,7 +337,7 @@ def oracle_error(job: SpeedJob) -> float:
     Raises:
         OracleMismatch: the error is larger.
     """
-    error, allowed = _errors(replace(job, grid=_halvings(job.grid)[-1], batch=min(job.batch, 2)))
+    error, allowed = _errors(replace(job, grid=_halvings(job.grid, CHECKED)[-1], batch=min(job.batch, 2)))
     if not error <= allowed:  # NaN is an error too
         raise OracleMismatch(
             f"refusing to report the {job.measure} speed of {job.mechanism!r} on backend {job.backend!r} in "
@@ -351,10 +375,10 @@ def _relative_rms(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
-def _halvings(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The grid, and every axis halved again and again until `CHECKED` tokens are left."""
+def _halvings(grid: tuple[int, ...], tokens: int) -> list[tuple[int, ...]]:
+    """The grid, and every axis halved again and again until at most `tokens` are left."""
     grids = [grid]
-    while math.prod(grids[-1]) > CHECKED:
+    while math.prod(grids[-1]) > tokens:
         grids.append(tuple(-(-size // 2) for size in grids[-1]))
     return grids
 
@@ -490,7 +514,7 @@ class _Decode(_Prefill):
     """Token after token behind a state of N tokens.
 
     States are chained, as in use, where a cache grows in place. After max(8, N / 32) tokens the chain starts
-    again from the state behind N - 1 tokens. The first token then copies a cache, and is not timed.
+    again from the state behind N - 1 tokens. The first token, which copies a cache, is not timed.
     """
 
     def __init__(self, job: SpeedJob) -> None:
@@ -500,6 +524,7 @@ class _Decode(_Prefill):
         self.segments = self.x_BNC[:, :first].split(SEGMENT, 1) if first else ()
         self.tokens = self.x_BNC[:, first:].split(1, 1)
         _, self.before = self._extend(self.segments)
+        self.rewind()  # from now on something stands behind `before`, so that every rewind copies
 
     @torch.no_grad()
     def _extend(self, pieces: Iterable[Tensor]) -> tuple[list[Tensor], Any]:

@@ -131,9 +131,8 @@ def cpu(
     if keep_BN is None:
         return kernel.decayed_linear_attention(q_BHND, k_BHND, v_BHNE, slopes_H, state_BHDE)
     order_BN = keep_BN.int().argsort(dim=1, descending=True, stable=True)
-    o, state = kernel.decayed_linear_attention(
-        *(_take(x, order_BN) for x in (q_BHND, k_BHND, v_BHNE)), slopes_H, state_BHDE, keep_BN.sum(1)
-    )
+    q, k, v = (_take(x, order_BN) for x in (q_BHND, k_BHND, v_BHNE))
+    o, state = kernel.decayed_linear_attention(q, k, v, slopes_H, state_BHDE, keep_BN.sum(1))
     return _take(o, order_BN.argsort(dim=1)), state
 
 

@@ -67,8 +67,7 @@ class Axis:
     def __post_init__(self) -> None:
         if min(self.window, self.dilation, self.stride) < 1:
             raise BadInput(
-                "window, dilation and stride are at least 1, got "
-                f"{self.window}, {self.dilation} and {self.stride}"
+                f"window, dilation and stride are at least 1, got {self.window}, {self.dilation} and {self.stride}"
             )
         if self.stride > self.window:
             raise BadInput(
@@ -170,9 +169,7 @@ def _oracle(
     for axis, x in zip(axes, place, strict=True):
         query, key = x.unsqueeze(1), x.unsqueeze(0)
         near &= axis.sees(query, key)
-        entry.append(
-            (key // axis.dilation - query // axis.dilation + axis.window - 1).clamp(0, 2 * axis.window - 2)
-        )
+        entry.append((key // axis.dilation - query // axis.dilation + axis.window - 1).clamp(0, 2 * axis.window - 2))
     is_prefix = token < prefix
     either = is_prefix.unsqueeze(1) | is_prefix
     in_reach = token <= token.unsqueeze(1) if _all_causal(axes) else torch.ones_like(near)

@@ -116,8 +116,8 @@ def test_what_does_not_fit_is_refused():
         attlas.mixer("linear", DIM, HEADS, position=positions.ALiBi(HEADS))
     with pytest.raises(BadInput, match="learned up to 4, the sequence reaches 10"):
         attlas.mixer("softmax", DIM, HEADS, position=positions.Learned(DIM, 4))(torch.randn(1, TOKENS, DIM))
+    layer = attlas.mixer("softmax", DIM, HEADS, causal=True, position=positions.ALiBi(HEADS))
     with pytest.raises(BadInput, match="do not stream"):
-        layer = attlas.mixer("softmax", DIM, HEADS, causal=True, position=positions.ALiBi(HEADS))
         layer.extend(torch.randn(1, 2, DIM), layer.initial_state(1))
 
 

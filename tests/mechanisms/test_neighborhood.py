@@ -27,6 +27,10 @@ PUBLISHED = {
         Axis(13, 3, dilation=4),
         "0-8 1-9 2-10 3-11 0-8 1-9 2-10 3-11 4-12 1-9 2-10 3-11 4-12",
     ),
+    "even stride, unequal groups": (
+        Axis(17, 4, dilation=3, stride=2),
+        "0-9 1-10 2-11 0-9 1-10 2-11 3-12 4-13 5-14 3-12 4-13 5-14 6-15 7-16 5-14 6-15 7-16",
+    ),
     "causal dilated stride": (
         Axis(13, 3, dilation=3, stride=2, causal=True),
         "0-0 1-1 2-2 0-3 1-4 2-5 3-6 4-7 5-8 3-9 4-10 5-11 6-12",
@@ -129,9 +133,7 @@ def test_causal_is_the_last_keys_and_queries_may_be_the_last_positions():
 
 def test_dilation_is_plain_attention_on_interleaved_maps():
     q, k, v = (t.unflatten(2, (9, 8)) for t in tensors(72))
-    got = attlas.attend(
-        *(t.flatten(2, 3) for t in (q, k, v)), "neighborhood", grid=(9, 8), window=3, dilation=(2, 2)
-    )
+    got = attlas.attend(*(t.flatten(2, 3) for t in (q, k, v)), "neighborhood", grid=(9, 8), window=3, dilation=(2, 2))
     expected = torch.empty_like(q)
     for a, b in product(range(2), repeat=2):
         parts = [t[:, :, a::2, b::2] for t in (q, k, v)]
@@ -146,9 +148,7 @@ def test_causal_time_and_free_space():
     settings = {"grid": (4, 3, 3), "window": (2, 3, 3), "causal_axes": (True, False, False)}
 
     def run(values):
-        return attlas.attend(
-            q.flatten(2, 3), k.flatten(2, 3), values.flatten(2, 3), "neighborhood", **settings
-        )
+        return attlas.attend(q.flatten(2, 3), k.flatten(2, 3), values.flatten(2, 3), "neighborhood", **settings)
 
     changed = v.clone()
     changed[:, :, 2] += 1

@@ -25,8 +25,8 @@ from attlas.bench.speed import BASELINES
 from attlas.bench.statistics import Interval, Scores, composite, difference, interval, within_noise
 from attlas.bench.tasks import TASKS
 
-MATERIALISED, FUSED = "softmax, materialised", "softmax, SDPA"
-"""What the two baselines of a speed sweep are called."""
+MATERIALISED, FUSED = "materialised", "SDPA"
+"""What the two softmax baselines of a speed sweep are called."""
 
 MEASURES: tuple[Measure, ...] = ("forward", "forward+backward", "prefill", "decode")
 
@@ -220,12 +220,12 @@ class SpeedTable:
     Attributes:
         facts: what every row shares, in words.
         apart: those of the facts that tell it from the other settings of the same report.
-        rows: name -> measure -> tokens -> record.
+        rows: name -> measure -> tokens -> what came out.
     """
 
     facts: Sequence[str]
     apart: str
-    rows: Mapping[str, Mapping[Measure, Mapping[int, Record]]]
+    rows: Mapping[str, Mapping[Measure, Mapping[int, SpeedResult | Failure]]]
 
     @property
     def setting(self) -> str:
@@ -240,7 +240,7 @@ class SpeedTable:
     def results(self, name: str, measure: Measure) -> dict[int, SpeedResult]:
         """Tokens -> result, in rising order."""
         found = self.rows[name].get(measure, {})
-        return {n: r.result for n, r in sorted(found.items()) if isinstance(r.result, SpeedResult)}
+        return {n: outcome for n, outcome in sorted(found.items()) if isinstance(outcome, SpeedResult)}
 
     def shown(self, measure: Measure) -> int:
         """The largest length at which every mechanism that ran at all ran, the materialised baseline aside.
@@ -252,18 +252,29 @@ class SpeedTable:
         return max(common or {n for each in self.rows.values() for n in each.get(measure, {})})
 
     def efficiencies(self, measure: Measure) -> list[Efficiency]:
-        """Of every mechanism that ran and is not a baseline."""
+        """Of every mechanism that ran and is not a baseline, the earliest to pay off in time first."""
         own = [name for name in self.rows if name not in (FUSED, MATERIALISED) and self.results(name, measure)]
-        return [_efficiency(self, name, measure) for name in own]
+        found = [_efficiency(self, name, measure) for name in own]
+        return sorted(found, key=lambda each: [_length(each, baseline) for baseline in (FUSED, MATERIALISED)])
 
-    def at(self, measure: Measure, tokens: int) -> dict[str, Record]:
-        """Name -> record at one length, fastest first, failures last."""
-        found = {name: each[measure][tokens] for name, each in self.rows.items() if tokens in each.get(measure, {})}
+    def at(self, measure: Measure, tokens: int) -> dict[str, SpeedResult | Failure]:
+        """Name -> what came out at one length, fastest first, failures last."""
+        missing = Failure("Missing", f"not measured at {tokens:,} tokens")
+        found: dict[str, SpeedResult | Failure] = {}
+        for name, each in self.rows.items():
+            if measure in each:
+                found[name] = each[measure].get(tokens, missing)
         return dict(sorted(found.items(), key=lambda item: _median(item[1])))
 
 
-def _median(record: Record) -> float:
-    return record.result.times.median if isinstance(record.result, SpeedResult) else math.inf
+def _outcome(record: Record) -> SpeedResult | Failure:
+    outcome = record.failure or record.result
+    assert isinstance(outcome, SpeedResult | Failure)
+    return outcome
+
+
+def _median(outcome: SpeedResult | Failure) -> float:
+    return outcome.times.median if isinstance(outcome, SpeedResult) else math.inf
 
 
 def speed_tables(records: Iterable[Record], names: Mapping[Identity, str]) -> list[SpeedTable]:
@@ -275,9 +286,9 @@ def speed_tables(records: Iterable[Record], names: Mapping[Identity, str]) -> li
     shared = set.intersection(*({*facts, *machine} for facts, machine in found)) if found else set()
     tables = []
     for (facts, machine), group in found.items():
-        rows: dict[str, dict[Measure, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+        rows: dict[str, dict[Measure, dict[int, SpeedResult | Failure]]] = defaultdict(lambda: defaultdict(dict))
         for job, record in group:
-            rows[names[identity(job)]][job.measure][math.prod(job.grid)] = record
+            rows[names[identity(job)]][job.measure][math.prod(job.grid)] = _outcome(record)
         elsewhere = [fact for fact in machine if fact not in shared]
         apart = [facts[0], *(fact for fact in facts[1:] if fact not in shared), *elsewhere]
         tables.append(SpeedTable([*facts, *elsewhere], ", ".join(apart), rows))
@@ -312,6 +323,11 @@ class Efficiency:
     measure: Measure
     lengths: Mapping[tuple[str, str], EfficiencyLength]
     exponent: float | None
+
+
+def _length(each: Efficiency, baseline: str) -> float:
+    found = each.lengths.get(("time", baseline))
+    return math.inf if found is None else found.length
 
 
 def _efficiency(table: SpeedTable, name: str, measure: Measure) -> Efficiency:
@@ -357,8 +373,13 @@ def row_names(records: Iterable[Record]) -> dict[Identity, str]:
     shared = Counter((key[0], name) for key, name in names.items())
     for key, job in jobs.items():
         if shared[key[0], names[key]] > 1 and job.params:
-            names[key] += f" ({', '.join(f'{k}={v}' for k, v in sorted(job.params.items()))})"
+            names[key] += _settings(job.params)
     return names
+
+
+def _settings(params: Mapping[str, Any]) -> str:
+    """Settings behind a name, " (window=7)"."""
+    return f" ({', '.join(f'{k}={v}' for k, v in sorted(params.items()))})" if params else ""
 
 
 def styles(names: Iterable[str], controls: Mapping[str, str]) -> dict[str, Style]:
@@ -376,7 +397,8 @@ def styles(names: Iterable[str], controls: Mapping[str, str]) -> dict[str, Style
     looks = {name: look for name, look in looks.items() if name in set(names)}
     others = sorted(set(names) - looks.keys() - controls.keys())
     looks |= {name: Style.number(index) for index, name in enumerate(others)}
-    return looks | {name: replace(looks[baseline], hollow=True) for name, baseline in controls.items()}
+    looks |= {name: replace(looks[baseline], hollow=True) for name, baseline in controls.items()}
+    return dict(sorted(looks.items(), key=lambda item: item[1].colour != 0))
 
 
 # -- the whole -------------------------------------------------------------------------------------------
@@ -384,13 +406,18 @@ def styles(names: Iterable[str], controls: Mapping[str, str]) -> dict[str, Style
 
 @dataclass(frozen=True)
 class Picture:
-    """A mechanism whose mask is to be shown, and where."""
+    """A mechanism whose mask is to be shown, and where; `row` is a row that it stands in."""
 
-    name: str
+    row: str
     mechanism: str
     causal: bool
     grid: tuple[int, ...]
     params: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The mechanism with its settings."""
+        return self.mechanism + _settings(self.params)
 
 
 PICTURED = {1: (48,), 2: (8, 8), 3: (4, 4, 4)}
@@ -477,10 +504,10 @@ class Digest:
                 causal, axes = task.causal, len(task.grid)
             else:
                 continue
-            key = job.mechanism, json.dumps(job.params, sort_keys=True), causal, axes
-            name = self.names[identity(job)]
-            pictures.setdefault(key, Picture(name, job.mechanism, causal, PICTURED[axes], job.params))
-        return list(pictures.values())
+            key = axes, not causal, job.mechanism, json.dumps(job.params, sort_keys=True)
+            row = self.names[identity(job)]
+            pictures.setdefault(key, Picture(row, job.mechanism, causal, PICTURED[axes], job.params))
+        return [pictures[key] for key in sorted(pictures)]
 
 
 def _quality_findings(table: QualityTable) -> Iterable[Finding]:
@@ -504,34 +531,40 @@ def _quality_findings(table: QualityTable) -> Iterable[Finding]:
 
 
 def _speed_findings(table: SpeedTable) -> Iterable[Finding]:
-    """Who is cheapest at the largest length, and from which length each pays off."""
-    cheapest = []
+    """Who is fastest at the largest length, and from which length each pays off."""
+    own = [name for name in table.rows if name not in (BASELINES[0][0], FUSED, MATERIALISED)]
+    fastest = []
     for measure in table.measures:
         times = {
-            name: record.result.times.median
-            for name, record in table.at(measure, table.shown(measure)).items()
-            if isinstance(record.result, SpeedResult)
+            name: outcome.times.median
+            for name, outcome in table.at(measure, table.shown(measure)).items()
+            if isinstance(outcome, SpeedResult)
         }
-        own = [name for name in times if name not in (FUSED, MATERIALISED)]
-        if not own:
-            continue
-        dense = f" (SDPA {numbers.seconds(times[FUSED])})" if FUSED in times else ""
-        cheapest.append(f"{measure} {own[0]} with {numbers.seconds(times[own[0]])}{dense}")
-    if cheapest:
-        longest = max(map(table.shown, table.measures))
-        yield Finding(f"fastest at {longest:,} tokens ({table.apart})", f"{'; '.join(cheapest)}.")
+        first = next((name for name in times if name in own), None)
+        if first is not None:
+            dense = f" (SDPA {numbers.seconds(times[FUSED])})" if FUSED in times else ""
+            fastest.append(f"{measure} {first} with {numbers.seconds(times[first])}{dense}")
+    said = []
+    if fastest:
+        said.append(f"Fastest at {max(map(table.shown, table.measures)):,} tokens: {', '.join(fastest)}.")
     for measure in table.measures[:1]:
         lengths = {
             each.name: each.lengths["time", FUSED]
             for each in table.efficiencies(measure)
-            if ("time", FUSED) in each.lengths
+            if each.name in own and ("time", FUSED) in each.lengths
         }
-        paying = sorted((n for n in lengths if not lengths[n].never), key=lambda n: lengths[n].length)
-        said = [f"{name} from {'≤ ' * lengths[name].always}{lengths[name].length:,.0f}" for name in paying]
-        never = [name for name in lengths if name not in paying]
-        said += [f"not {_listed(never)}"] if never else []
-        if said:
-            yield Finding(f"{measure} pays off against SDPA ({table.apart})", f"{', '.join(said)} tokens.")
+        always = [name for name, found in lengths.items() if found.always]
+        never = [name for name, found in lengths.items() if found.never]
+        later = sorted(lengths.keys() - {*always, *never}, key=lambda name: lengths[name].length)
+        parts = [f"at every length {_listed(always)}"] if always else []
+        parts += [f"{name} from {lengths[name].length:,.0f} tokens" for name in later]
+        parts += (
+            [f"not up to {max(lengths[name].longest for name in never):,} tokens {_listed(never)}"] if never else []
+        )
+        if parts:
+            said.append(f"{measure.capitalize()} pays off against SDPA: {'; '.join(parts)}.")
+    if said:
+        yield Finding(table.apart, " ".join(said))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -128,7 +128,7 @@ def _mask(each: Picture, looks: Looks) -> str:
     axes = " × ".join(map(str, each.grid)) + " tokens" * (len(each.grid) == 1)
     seen = numbers.digits(float(share_NN.sum()) / tokens)
     return (
-        f'<figure class="mask c{looks[each.name].colour}" data-name="{escape(each.name)}">'
+        f'<figure class="mask c{looks[each.row].colour}" data-name="{escape(each.row)}">'
         f'<div class="pair">{picture}</div><figcaption><b>{escape(each.name)}</b><br>{pattern}, {axes}{settings}<br>'
         f"sees {seen} of {tokens} tokens</figcaption></figure>"
     )

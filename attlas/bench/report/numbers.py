@@ -21,8 +21,9 @@ def digits(value: float, count: int = 3) -> str:
     """`count` significant digits, without an exponent: 0.0123, 1.23, 123, 1,234."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    places = count - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, places):,.{max(0, places)}f}"
+    rounded = float(f"{value:.{count - 1}e}")
+    places = count - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, places)}f}"
 
 
 def seconds(value: float) -> str:

@@ -180,7 +180,7 @@ def _curves(task: QualityTable, looks: Looks, width: int, height: int) -> str:
     for row in task.ranked:
         losses: dict[int, list[float]] = {}
         for run in row.runs:
-            for step, loss in run.curve:
+            for step, loss in _smooth(run.curve):
                 losses.setdefault(step, []).append(loss)
         means = {step: statistics.fmean(each) for step, each in sorted(losses.items())}
         settled += [loss for step, loss in means.items() if step > task.job.steps / 10]
@@ -197,7 +197,17 @@ def _curves(task: QualityTable, looks: Looks, width: int, height: int) -> str:
         width=width,
         height=height,
     )
-    return figure(title, picture, "Means over seeds, shaded from lowest to highest. The first steps leave the picture.")
+    note = "Running means over a tenth of the curve, averaged over seeds, shaded from the lowest to the highest seed."
+    return figure(title, picture, note)
+
+
+def _smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A running mean over a tenth of the points, half of them on either side where there are as many."""
+    reach = len(curve) // 20
+    return [
+        (step, statistics.fmean(loss for _, loss in curve[max(0, index - reach) : index + reach + 1]))
+        for index, (step, _) in enumerate(curve)
+    ]
 
 
 def _span(values: Iterable[Interval]) -> tuple[float, float]:
@@ -212,5 +222,5 @@ def _bars(value: Interval) -> tuple[float, float] | tuple[None, None]:
 
 def _interval(value: Interval, places: int, signed: bool = False) -> str:
     """mean ± half as HTML, the half in a softer colour."""
-    mean, plus_minus, half = numbers.interval(value, places, signed).partition(" ± ")
-    return f'{mean} <span class="soft">{plus_minus}{half}</span>' if half else mean
+    mean, _, half = numbers.interval(value, places, signed).partition(" ± ")
+    return f'{mean} <span class="soft">± {half}</span>' if half else mean

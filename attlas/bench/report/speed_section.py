@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 
 from attlas.bench.efficiency import EfficiencyLength
-from attlas.bench.records import Measure, Record, SpeedResult
+from attlas.bench.records import Failure, Measure, SpeedResult
 from attlas.bench.report import numbers
 from attlas.bench.report.digest import FUSED, MATERIALISED, Efficiency, SpeedTable
 from attlas.bench.report.svg import Axis, Point, Ring, Series, chart
@@ -31,7 +31,7 @@ def speed_section(sweep: SpeedTable, looks: Looks) -> str:
     heading = "<h4>From which length each pays off</h4>" if lengths else ""
     return (
         f"<h3>{escape(sweep.setting[0].upper() + sweep.setting[1:])}</h3>"
-        f'<div class="charts">{"".join(_charts(sweep, looks))}</div>'
+        f'<div class="charts three">{"".join(_charts(sweep, looks))}</div>'
         f"<h4>Speed, memory and machine</h4>{_folded(folds)}{heading}{_folded(lengths)}"
         f"<h4>Everything measured</h4>{_folded([_all(sweep, looks)], first_open=False)}"
     )
@@ -49,7 +49,7 @@ def _folded(parts: Iterable[tuple[str, str]], first_open: bool = True) -> str:
 
 
 def _charts(sweep: SpeedTable, looks: Looks) -> Iterable[str]:
-    """Time, memory, state, and how much of the machine is used."""
+    """For each measure its time, its memory (decoding: the state), and how much of the machine it uses."""
     for measure in sweep.measures:
         rings = [ring for each in sweep.efficiencies(measure) for ring in _rings(sweep, each, looks)]
         note = "Medians, bars are quartiles."
@@ -57,13 +57,10 @@ def _charts(sweep: SpeedTable, looks: Looks) -> Iterable[str]:
             note += " Rings are efficiency lengths: solid against SDPA, dashed against materialised softmax."
         time = Axis("time of a call", numbers.short_seconds, log=True)
         yield _chart(sweep, measure, f"Time, {measure}", time, _time, numbers.seconds, looks, rings, note)
-    for measure in sweep.measures:
-        if measure != "decode":
+        if measure == "decode":
+            yield _chart(sweep, measure, "State behind the sequence", STATE, _state, numbers.memory, looks)
+        else:
             yield _chart(sweep, measure, f"Peak memory, {measure}", PEAK, _peak, numbers.memory, looks)
-    streamed = [measure for measure in sweep.measures if measure in ("prefill", "decode")]
-    if streamed:
-        yield _chart(sweep, streamed[-1], "State behind the sequence", STATE, _state, numbers.memory, looks)
-    for measure in sweep.measures:
         title, axis, share = _share(measure)
         yield _chart(sweep, measure, f"{title}, {measure}", axis, share, numbers.percent, looks)
 
@@ -125,8 +122,8 @@ def _chart(
         title=title,
         description=f"{sweep.setting}; {len(series)} mechanisms, the numbers are in the tables below",
         rings=list(rings),
-        width=500,
-        height=350,
+        width=400,
+        height=320,
     )
     return figure(title, picture, note)
 
@@ -172,7 +169,7 @@ def _at_length(sweep: SpeedTable, measure: Measure, looks: Looks) -> str:
         Column("backend", kind="text"),
         Column("error", "against the oracle"),
     ]
-    reference = found[FUSED].result if FUSED in found else None
+    reference = found.get(FUSED)
     dense = reference.times.median if isinstance(reference, SpeedResult) else None
 
     def cells(result: SpeedResult) -> list[Cell]:
@@ -188,14 +185,14 @@ def _at_length(sweep: SpeedTable, measure: Measure, looks: Looks) -> str:
             number_cell(result.oracle_error, numbers.error),
         ]
 
-    return table(columns, [(name, _row(name, [], record, cells, columns, looks)) for name, record in found.items()])
+    return table(columns, [(name, _row(name, [], outcome, cells, columns, looks)) for name, outcome in found.items()])
 
 
 def _efficiency(found: Iterable[Efficiency], looks: Looks) -> str:
     kinds = [(quantity, baseline) for quantity in ("time", "memory") for baseline in (FUSED, MATERIALISED)]
     columns = [
         Column("mechanism", kind="text"),
-        *(Column(quantity, f"against {baseline.split(', ')[1]}, tokens") for quantity, baseline in kinds),
+        *(Column(quantity, f"against {baseline}, tokens") for quantity, baseline in kinds),
         Column("exponent", "of time in tokens"),
     ]
     rows = []
@@ -247,26 +244,25 @@ def _all(sweep: SpeedTable, looks: Looks) -> tuple[str, str]:
     rows = []
     for name, measures in sweep.rows.items():
         for measure in sweep.measures:
-            for tokens, record in sorted(measures.get(measure, {}).items()):
+            for tokens, outcome in sorted(measures.get(measure, {}).items()):
                 head = [Cell(escape(measure), measure), number_cell(tokens, "{:,}".format)]
-                rows.append((name, _row(name, head, record, cells, columns, looks)))
+                rows.append((name, _row(name, head, outcome, cells, columns, looks)))
     return f"{len(rows)} measurements", table(columns, rows)
 
 
 def _row(
     name: str,
     head: list[Cell],
-    record: Record,
+    outcome: SpeedResult | Failure,
     cells: Callable[[SpeedResult], list[Cell]],
     columns: list[Column],
     looks: Looks,
 ) -> list[Cell]:
-    result = record.result
-    start = [name_cell(name, looks), *head]
-    if isinstance(result, SpeedResult):
-        return start + cells(result)
-    failures = [record.failure] if record.failure else []
-    return [*start, reason_cell(failures, len(columns) - len(start))]
+    role = "softmax" if name in (FUSED, MATERIALISED) else ""
+    start = [name_cell(name, looks, role), *head]
+    if isinstance(outcome, SpeedResult):
+        return start + cells(outcome)
+    return [*start, reason_cell([outcome], len(columns) - len(start))]
 
 
 def _quartiles(result: SpeedResult) -> Cell:

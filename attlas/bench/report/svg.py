@@ -29,6 +29,9 @@ MARKERS = {
 COLOURS = 8
 """Colours beside the baseline's, `--c1` to `--c8` in the page's style; `--c0` is the baseline's."""
 
+DASHES = 3
+"""Kinds of lines, `d0` to `d2` in the page's style."""
+
 FONT = 12.0
 ADVANCE = 0.58
 """Mean advance of a bold letter, in font sizes, on the safe side for the usual sans-serif fonts."""
@@ -41,18 +44,20 @@ class Style:
     Attributes:
         colour: 0 for the baseline, then 1 to COLOURS.
         marker: a name in MARKERS.
+        dash: of the line; 0 is solid. Colours that come again are dashed.
         hollow: an outlined marker and a dashed line, for a second form of the same mechanism.
     """
 
     colour: int
     marker: str
+    dash: int = 0
     hollow: bool = False
 
     @classmethod
     def number(cls, index: int) -> Style:
-        """The look of the index-th mechanism after the baseline: 56 before a pair comes again."""
+        """The look of the index-th mechanism after the baseline: 56 pairs of colour and marker, then again."""
         others = list(MARKERS)[1:]
-        return cls(index % COLOURS + 1, others[index % len(others)])
+        return cls(index % COLOURS + 1, others[index % len(others)], index // COLOURS % DASHES)
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def chart(
         at_end = [each for each in series if each.points and each.points[-1].x == furthest]
         right = 14.0 + max((_width(each.name) for each in at_end), default=0.0)
     probe_x, probe_y = _extent(series, rings, x, y)
-    top, bottom = 22.0, height - 42.0
+    top, bottom = 28.0, height - 42.0
     sy = _Scale(y, *probe_y, bottom, top)
     left = 10.0 + max((_width(label) for _, label in sy.ticks), default=0.0)
     sx = _Scale(x, *probe_x, left, width - right)
@@ -266,7 +271,7 @@ def _frame(sx: _Scale, sy: _Scale) -> Iterable[str]:
 
 def _open(name: str, style: Style, kind: str) -> str:
     hollow = " hollow" if style.hollow else ""
-    return f'<g class="{kind} c{style.colour}{hollow}" data-name="{escape(name)}">'
+    return f'<g class="{kind} c{style.colour} d{style.dash}{hollow}" data-name="{escape(name)}">'
 
 
 def _shown(each: Series, sx: _Scale, sy: _Scale) -> list[Point]:
@@ -440,7 +445,7 @@ def matrix(share_NM: Tensor, *, title: str) -> str:
     rows, columns = share_NM.shape
     paths: dict[int, list[str]] = {}
     for n, row in enumerate(share_NM.tolist()):
-        shades = [math.ceil(share * 5 - 1e-9) for share in row]
+        shades = [math.ceil(share * 5 - 1e-6) for share in row]
         start = 0
         for m in range(1, columns + 1):
             if m == columns or shades[m] != shades[start]:

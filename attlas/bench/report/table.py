@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -45,7 +46,7 @@ def table(columns: Sequence[Column], rows: Iterable[tuple[str, Sequence[Cell]]])
         parts = []
         for index, cell in enumerate(cells):
             tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
-            value = "" if cell.value is None else f' data-value="{escape(str(cell.value))}"'
+            value = "" if cell.value is None else f' data-value="{_sortable(cell.value)}"'
             span = "" if cell.span == 1 else f' colspan="{cell.span}"'
             kind = cell.kind or columns[index].kind
             parts.append(f'<{tag}{scope}{value}{span} class="{kind}">{cell.html}</{tag}>')
@@ -54,6 +55,11 @@ def table(columns: Sequence[Column], rows: Iterable[tuple[str, Sequence[Cell]]])
         f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _sortable(value: float | str) -> str:
+    """As the page's script reads it."""
+    return "Infinity" if value == math.inf else escape(str(value))
 
 
 def name_cell(name: str, looks: Looks, role: str = "") -> Cell:

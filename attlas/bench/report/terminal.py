@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,8 +14,8 @@ from attlas.bench.report import numbers
 from attlas.bench.report.digest import FUSED, MATERIALISED, Digest, QualityRow, QualityTable, SpeedTable
 
 
-def terminal_tables(records: Iterable[Record]) -> Group:
-    """Quality per task, speed at the largest common length, and what they say, for a `rich` console."""
+def terminal_tables(records: Iterable[Record]) -> list[RenderableType]:
+    """Quality per task, speed at the largest common length, and what they say, to be printed one by one."""
     digest = Digest(list(records))
     parts: list[RenderableType] = []
     for task in digest.quality:
@@ -28,7 +28,7 @@ def terminal_tables(records: Iterable[Record]) -> Group:
     findings.add_column(max_width=24)
     for finding in digest.findings:
         findings.add_row(Text(finding.about, "dim"), Text(finding.text))
-    return Group(*parts, findings if digest.findings else Text(digest.scope))
+    return [*parts, findings if digest.findings else Text(digest.scope)]
 
 
 def _quality(task: QualityTable) -> Iterable[RenderableType]:
@@ -68,8 +68,7 @@ def _speed(sweep: SpeedTable, measure: Measure) -> Iterable[RenderableType]:
     found = sweep.at(measure, tokens)
     dense = sweep.results(FUSED, measure).get(tokens) if FUSED in sweep.rows else None
     lengths = {each.name: each.lengths for each in sweep.efficiencies(measure)}
-    for name, record in found.items():
-        result = record.result
+    for name, result in found.items():
         if not isinstance(result, SpeedResult):
             table.add_row(Text(name), Text("failed", "red"))
             continue
@@ -84,8 +83,9 @@ def _speed(sweep: SpeedTable, measure: Measure) -> Iterable[RenderableType]:
             _length(own.get(("time", MATERIALISED))),
         )
     yield table
-    for name, record in found.items():
-        yield from _reasons(name, [record.failure] if record.failure else [])
+    for name, result in found.items():
+        if isinstance(result, Failure):
+            yield from _reasons(name, [result])
 
 
 def _length(found: EfficiencyLength | None) -> Text:

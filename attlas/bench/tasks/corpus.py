@@ -18,9 +18,14 @@ EXCLUDED = frozenset({"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc
 """Tests, tools that later versions dropped, and tables rather than prose or code."""
 
 
+def stdlib() -> Path:
+    """The folder of the standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def source_files() -> list[Path]:
     """The .py files of the standard library, sorted, relative to its folder."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = stdlib()
     modules = sorted(sys.stdlib_module_names - EXCLUDED)
     found = [root / f"{module}.py" for module in modules if not module.startswith("_sysconfigdata")]
     for module in modules:
@@ -40,10 +45,9 @@ def is_held_out(file: Path) -> bool:
 @cache
 def corpus() -> tuple[Tensor, Tensor]:
     """The bytes of the training files and those of the held-out files, uint8."""
-    root = Path(sysconfig.get_path("stdlib"))
     parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
     for file in source_files():
-        parts[is_held_out(file)].extend((root / file).read_bytes())
+        parts[is_held_out(file)].extend((stdlib() / file).read_bytes())
     train, held_out = (torch.frombuffer(part, dtype=torch.uint8) for part in parts)
     return train, held_out
 

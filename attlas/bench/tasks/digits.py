@@ -24,12 +24,13 @@ class Digits(Task):
     features = 1
     classes = 10
     per_sequence = True
-    setting = Setting(steps=300, batch=16, length=SIDE * SIDE)
+    setting = Setting(steps=300, batch=16, length=SIDE * SIDE, ratio=4)
 
     def __init__(self, length: int = SIDE * SIDE) -> None:
         if length != SIDE * SIDE:
             raise BadInput(f"the digits have {SIDE} x {SIDE} = {SIDE * SIDE} pixels, got length={length}")
         super().__init__(length)
+        extra("sklearn", "the digits task")  # before any work
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -42,7 +43,7 @@ class Digits(Task):
 
     def batches(self, seed: int, batch: int) -> Iterator[Batch]:
         """Random training images."""
-        images, digits = _split()[0]
+        images, digits = split()[0]
         generator = torch.Generator().manual_seed(seed)
         while True:
             chosen = torch.randint(len(images), (batch,), generator=generator)
@@ -50,17 +51,17 @@ class Digits(Task):
 
     def held_out(self) -> dict[str, list[Batch]]:
         """All held-out images."""
-        return {"all": [_split()[1]]}
+        return {"all": [split()[1]]}
 
 
 @cache
-def _split() -> tuple[Batch, Batch]:
-    datasets = extra("sklearn.datasets", "the digits task")
-    selection = extra("sklearn.model_selection", "the digits task")
-    data = datasets.load_digits()
-    train, held_out = selection.train_test_split(
-        range(len(data.target)), test_size=0.2, stratify=data.target, random_state=0
-    )
+def split() -> tuple[Batch, Batch]:
+    """The training images and the held-out ones."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    train, held_out = train_test_split(range(len(data.target)), test_size=0.2, stratify=data.target, random_state=0)
     pixels = torch.tensor(data.data, dtype=torch.float32).unsqueeze(-1) / 8 - 1
     digits = torch.tensor(data.target, dtype=torch.int64)
 

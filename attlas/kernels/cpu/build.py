@@ -1,9 +1,9 @@
 """Compiles the C++ kernels beside this file for this processor, the first time one is wanted.
 
 A library is found in the cache by a hash of its sources, the flags and what the compiler says about itself and about
-`-march=native`, so a change of any of these compiles anew and machines may share a home directory. The cache is
-`$ATTLAS_CACHE/kernels`, else `$XDG_CACHE_HOME/attlas/kernels`, else `~/.cache/attlas/kernels`. The compiler is `$CXX`, else
-g++, c++ or clang++. `ATTLAS_NO_KERNELS=1` turns all kernels off.
+`-march=native`, so a change of any of these compiles anew, and machines may share a home directory. The cache is
+`$ATTLAS_CACHE/kernels`, else `$XDG_CACHE_HOME/attlas/kernels`, else `~/.cache/attlas/kernels`. The compiler is
+`$CXX`, else g++, c++ or clang++. `ATTLAS_NO_KERNELS=1` turns all kernels off.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _library(name: str) -> Path:
             _compile(compiler, name, library)
         except OSError as error:
             raise KernelUnavailable(
-                f"the kernel cache {cache} cannot be written ({error.strerror}); set ATTLAS_CACHE to a folder that can"
+                f"the kernel cache {cache} cannot be written ({error.strerror}); set ATTLAS_CACHE to another folder"
             ) from error
     return library
 

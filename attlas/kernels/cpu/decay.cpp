@@ -2,7 +2,8 @@
 //
 //     S_t = lambda S_{t-1} + k_t v_t^T        o_t = q_t S_t        lambda = exp(-slope)
 //
-// Everything here is one routine, the pass, over token streams x and y (D features) and z (E features) with a carried matrix S (D x E):
+// Everything is one routine, the pass, over token streams x and y (D features) and z (E features) that carries a
+// matrix S (D x E):
 //
 //     out_r = sum_{c <= r} lambda^(r-c) (x_r . y_c) z_c  +  lambda^(r+lead) x_r S          r, c = 0 .. n-1
 //     S    <- sum_c lambda^(n-lead-c) y_c z_c^T          +  lambda^n S
@@ -12,8 +13,8 @@
 //     dv   x = k    y = q    z = do   S = d final_state           lead 0, time runs backwards; S ends as d state
 //     dk   x = v    y = do   z = q    S = d final_state^T         lead 0, time runs backwards
 //
-// The lead is 0 backwards because there S is the gradient of the state *before* the token that follows, already decayed.
-// The pass takes CHUNK tokens at a time with S in the first-level cache. Decays are powers of lambda with exponents >= 0 only.
+// The lead is 0 backwards because S is then the gradient of the state *before* the token that follows: it is decayed
+// already. The pass takes CHUNK tokens at a time with S in the first-level cache. All exponents of lambda are >= 0.
 
 #include <algorithm>
 #include <cfloat>
@@ -30,7 +31,7 @@ namespace {
 
 using namespace attlas;
 
-// A register tile is TILE rows of 2 vectors. With its operands it fits the registers: 32 of them, 16 with AVX2 and SSE.
+// A register tile is TILE rows of 2 vectors: with its operands it fits 32 registers, or the 16 of AVX2 and SSE.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int TILE = 8;
 #else
@@ -95,7 +96,8 @@ struct Workspace {
 
 // acc[i][:] += sum_k a[i * a_row + k * a_step] * b[k * b_row + :]
 template <int NV>
-ATTLAS_INLINE void multiply_add(vec (&acc)[TILE][NV], const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, int n) {
+ATTLAS_INLINE void multiply_add(vec (&acc)[TILE][NV], const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                int64_t b_row, int n) {
     for (int k = 0; k < n; ++k) {
         vec row[NV];
         for (int j = 0; j < NV; ++j) row[j] = load(b + k * b_row + j * LANES);
@@ -104,7 +106,7 @@ ATTLAS_INLINE void multiply_add(vec (&acc)[TILE][NV], const float* a, int64_t a_
     }
 }
 
-// Calls tile(column, integral_constant<vectors>) over [0, n), n a multiple of LANES, two vectors at a time while there are two.
+// Calls tile(column, vectors) over [0, n), n a multiple of LANES: two vectors at a time, and one if one is left.
 template <class F>
 ATTLAS_INLINE void for_column_tiles(int n, F tile) {
     int c = 0;
@@ -148,7 +150,8 @@ ATTLAS_INLINE void store_tile(Rows<T> out, int column, int rows, int width, cons
     }
     for (int i = 0; i < TILE; ++i)
         for (int j = 0; j < NV; ++j)
-            if (const int c = column + j * LANES; i < rows && c < width) store_first(out[i] + c, acc[i][j], width - c);
+            if (const int c = column + j * LANES; i < rows && c < width)
+                store_first(out[i] + c, acc[i][j], width - c);
 }
 
 // Reads the n tokens from t on into the workspace's y and z, ready for advance().
@@ -334,15 +337,16 @@ bool run(const Problem& p, std::initializer_list<Pass> passes) {
         return segment_states + (stream * (segments - 1) + segment) * per_state;
     };
 
-    for_segments(segments - 1, [&](int64_t stream, const Pass& pass, int64_t b, int64_t h, int64_t segment, float* own) {
+    for_segments(segments - 1, [&](int64_t stream, auto& pass, int64_t b, int64_t h, int64_t segment, float* own) {
         const auto s = stream_of<T>(p, pass, b, h);
         Workspace w(own, s.D, s.E);
         w.state = state_of(stream, segment);
         w.set_slope(s.slope);
-        run_tokens(s, w, segment_start(segment, segments, s.length), segment_start(segment + 1, segments, s.length), false);
+        const int64_t begin = segment_start(segment, segments, s.length);
+        run_tokens(s, w, begin, segment_start(segment + 1, segments, s.length), false);
     });
 
-    for_segments(segments, [&](int64_t stream, const Pass& pass, int64_t b, int64_t h, int64_t segment, float* own) {
+    for_segments(segments, [&](int64_t stream, auto& pass, int64_t b, int64_t h, int64_t segment, float* own) {
         const auto s = stream_of<T>(p, pass, b, h);
         Workspace w(own, s.D, s.E);
         w.set_slope(s.slope);
@@ -403,7 +407,8 @@ void run_steps(const Problem& p, const Array& q, const Array& k, const Array& v,
             for (int d = 0; d < D; ++d)
                 if (state.data) std::copy_n(rows_of<const float>(state, b, h)[d], E, S[d]);
                 else std::fill_n(S[d], E, 0.0f);
-            const auto q_h = rows_of<const T>(q, b, h), k_h = rows_of<const T>(k, b, h), v_h = rows_of<const T>(v, b, h);
+            const auto q_h = rows_of<const T>(q, b, h), k_h = rows_of<const T>(k, b, h);
+            const auto v_h = rows_of<const T>(v, b, h);
             const auto o_h = rows_of<T>(o, b, h);
             const int64_t length = length_of(p, b);
             const float decay = decay_over(p.slopes[h], 1);
@@ -414,7 +419,8 @@ void run_steps(const Problem& p, const Array& q, const Array& k, const Array& v,
 
 template <class T>
 bool forward(const Problem& p, const Array* arrays) {
-    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3], &o = arrays[4], &final_state = arrays[5];
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3];
+    const Array &o = arrays[4], &final_state = arrays[5];
     const int D = p.key_size, E = p.value_size;
     if (2 * p.tokens >= TILE) return run<T>(p, {{q, k, v, o, D, E, 1, false, state, false, &final_state}});
     run_steps<T>(p, q, k, v, state, o, final_state);  // too few tokens to fill half a register tile
@@ -423,7 +429,8 @@ bool forward(const Problem& p, const Array* arrays) {
 
 template <class T>
 bool backward(const Problem& p, const Array* arrays) {
-    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3], &grad_o = arrays[4], &grad_final = arrays[5];
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &state = arrays[3];
+    const Array &grad_o = arrays[4], &grad_final = arrays[5];
     const Array &grad_q = arrays[6], &grad_k = arrays[7], &grad_v = arrays[8], &grad_state = arrays[9];
     const int D = p.key_size, E = p.value_size;
     return run<T>(p, {{grad_o, v, k, grad_q, E, D, 1, false, state, true, nullptr},

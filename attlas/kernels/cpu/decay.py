@@ -25,15 +25,15 @@ def decayed_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """o_t = q_t S_t with S_t = exp(-slope) S_{t-1} + k_t v_t^T, in one pass over the tokens.
 
-    Time O(N D E), no memory besides the results. The tokens may have any strides; a feature axis that is not contiguous
-    costs a copy.
+    Time O(N D E); no memory that grows with N besides the results. Tokens may have any strides, but a feature axis
+    that is not contiguous costs a copy.
 
     Args:
         q_BHND, k_BHND, v_BHNE: float32 or bfloat16, all the same, on the CPU.
         slopes_H: float32, at least 0; receives no gradient.
         state_BHDE: float32, what earlier tokens left; zeros if None.
-        lengths_B: int64. Tokens from lengths[b] on do not exist: they neither enter nor decay the state and give 0. All exist
-            if None.
+        lengths_B: int64. Tokens from lengths[b] on do not exist: they neither enter nor decay the state, and give 0.
+            All exist if None.
 
     Returns:
         o (B, H, N, E) in the dtype of v, and the state after the last token, float32 (B, H, D, E).
@@ -82,12 +82,13 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _call(function: Any, slopes: Tensor, lengths: Tensor | None, *arrays: Tensor | None) -> None:
-    """Call a function of the library with its arrays, which begin with q, k, v; only inputs can need a copy."""
-    q, _, v, *_ = arrays
+def _call(
+    function: Any, slopes: Tensor, lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+) -> None:
+    """Call a function of the library with its arrays in their order. Only inputs can need a copy."""
     slopes = slopes.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    rows = [x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in arrays]
+    rows = [x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v, *others)]
     places: list[int] = []  # of each array its address and three strides, as in `attlas_array`
     for x in rows:
         places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])

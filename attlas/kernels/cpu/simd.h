@@ -1,4 +1,5 @@
-// One vector register of the machine that compiles this, in compiler vector extensions: the same source for AVX-512, AVX2, SSE and NEON.
+// One vector register of the machine that compiles this, in compiler vector extensions: the same source serves
+// AVX-512, AVX2, SSE and NEON.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +54,7 @@ ATTLAS_INLINE vec load(const bf16* p) {
 
 ATTLAS_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 
-// Rounds to nearest, ties to even. A NaN becomes the quiet NaN: the carry of the rounding could turn it into an infinity.
+// Rounds to nearest, ties to even. NaNs become the quiet NaN: the carry of the rounding could make one infinite.
 ATTLAS_INLINE void store(bf16* p, vec x) {
     const vec_u32 nan = (vec_u32)(x != x);
     vec_u32 bits = (vec_u32)x;
@@ -108,11 +109,13 @@ ATTLAS_INLINE void transpose(vec (&rows)[LANES]) {
     if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// Asks for huge pages under a large fresh buffer: first touching one small page at a time can cost as much as the arithmetic.
+// Asks for huge pages under a large fresh buffer: touching it one small page at a time can cost as much as the
+// arithmetic that fills it.
 ATTLAS_INLINE void advise_huge_pages(void* data, std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t huge = 2 << 20;
-    const std::uintptr_t begin = (std::uintptr_t(data) + huge - 1) & -huge, end = (std::uintptr_t(data) + bytes) & -huge;
+    const std::uintptr_t begin = (std::uintptr_t(data) + huge - 1) & -huge;
+    const std::uintptr_t end = (std::uintptr_t(data) + bytes) & -huge;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

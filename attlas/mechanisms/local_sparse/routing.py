@@ -16,16 +16,16 @@ published *training* form chooses the w best of the whole sequence, so that late
 ones see: a weak leak that this form does not have. Tokens are in time as they are in sequence, prefix
 tokens and grids included.
 
-Centroids get no gradient. In every training forward each follows the tokens nearest to it (largest x . mu_c) by an
-exponential moving average of their sum and their count, and the auxiliary loss pulls tokens to their
-nearest centroid: commitment * mean (x - mu)^2, for queries and for keys where both are clustered. Padding
-enters no cluster, no average and no loss.
+Centroids get no gradient. In every training forward each follows the tokens nearest to it (largest
+x . mu_c) by an exponential moving average of their sum and their count, and the auxiliary loss pulls
+tokens to their nearest centroid: commitment * mean (x - mu)^2, for queries and for keys where both are
+clustered. Padding enters no cluster, no average and no loss.
 
-Where this departs from the published code: averaged counts are per head (there a reshape mixes heads) and
-start at 1, not 0, which leaves the directions of the centroids, and with them the clusters, as they are, and
-their length at that of the tokens; queries and keys enter one update together (there two race); the one
-shared loss of k = q counts once (there twice); the linear layer over the head size behind the heads is
-left out.
+Where this departs from the published code: padding does not compete for places in clusters (there it does);
+averaged counts are per head (there a reshape mixes heads) and start at 1, not 0, which leaves the
+directions of the centroids, and with them the clusters, as they are, and their length at that of the
+tokens; queries and keys enter one update together (there two race); the one shared loss of k = q counts
+once (there twice); the linear layer over the head size behind the heads is left out.
 
 q (B, H, N, D), k (B, H, M, D), v (B, H, M, E). Time O(N C D + C w² D), which is O(N^1.5 D) at C = sqrt(N);
 the causal form multiplies every token with every cluster's w keys, O(N C w D), in pieces of w tokens. The
@@ -255,7 +255,7 @@ class Routing(Attend):
         k_BHCSD = torch.cat([state.k, k.to(v.dtype).unsqueeze(2).expand(each)], 3)
         v_BHCSE = torch.cat([state.v, v.unsqueeze(2).expand(each)], 3)
         order_BHCS = score_BHCS.argsort(dim=-1, stable=True)  # of equal scores the later one is better
-        held_BHCNS = _running_top(order_BHCS, window, arrivals) & (score_BHCS > -torch.inf).unsqueeze(-2)
+        held_BHCNS = _running_top(order_BHCS, score_BHCS > -torch.inf, window, arrivals)
         member_BHCN = held_BHCNS.diagonal(score_BHCS.shape[3] - arrivals, -2, -1)
         seen_BHCNS = held_BHCNS & member_BHCN.unsqueeze(-1)
         o_BHCNE = self._attend(q.unsqueeze(2).expand(each), k_BHCSD, v_BHCSE, seen_BHCNS)
@@ -372,13 +372,14 @@ def _gather(x_BHND: Tensor, place_BHCW: Tensor) -> Tensor:
     return x_BHND.gather(2, place).unflatten(2, place_BHCW.shape[2:])
 
 
-def _running_top(order: Tensor, window: int, arrivals: int) -> Tensor:
+def _running_top(order: Tensor, real: Tensor, window: int, arrivals: int) -> Tensor:
     """Which tokens are among the `window` best of those up to each of the last `arrivals` tokens.
 
     Args:
         order: (..., S) the tokens, numbered by arrival, from the worst to the best.
+        real: (..., S) False for tokens that are never held; they are the worst.
         window: how many are held.
-        arrivals: how many of the last tokens arrive one by one; those before are all held.
+        arrivals: how many of the last tokens arrive one by one; those before are all there from the start.
 
     Returns:
         (..., arrivals, S) bool.
@@ -386,9 +387,10 @@ def _running_top(order: Tensor, window: int, arrivals: int) -> Tensor:
     tokens = order.shape[-1]
     early = tokens - arrivals
     rank = order.argsort(-1)
-    # How many of the early tokens are better than each token, from their number below each rank.
-    below = (order < early).cumsum(-1).gather(-1, rank)
-    outranks = rank[..., early:].unsqueeze(-1) > rank.unsqueeze(-2)
-    better = (early - below).unsqueeze(-2) + outranks.cumsum(-2, dtype=torch.int32)
+    # A token is held until as many better ones arrived as it had places left above the better early ones.
+    not_better = (order < early).cumsum(-1, dtype=torch.int32).gather(-1, rank)
+    left = (window - early + not_better).where(real, 0)
+    better = rank[..., early:].unsqueeze(-1) > rank.unsqueeze(-2)
     place = torch.arange(tokens, device=order.device)
-    return (better < window) & (place <= place[early:].unsqueeze(-1))
+    there = place <= place[early:].unsqueeze(-1)
+    return (better.cumsum(-2, dtype=torch.int32) < left.unsqueeze(-2)) & there

@@ -1,0 +1,206 @@
+"""How fast the C++ kernel of decayed linear attention is: `python benchmarks/decay.py [--threads 2]`.
+
+B1 H8 D64, against the torch backend and causal SDPA, all in one run and in turns, so that a noisy machine hits
+none alone. Every figure is a ratio of medians; the quartiles of the times are printed beside. Nothing is reported
+while the oracle check is red. The result goes to benchmarks/results/ under a name that says the conditions.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attlas.bench import machine
+from attlas.ops import decay
+from attlas.ops.slopes import alibi_slopes
+
+HEADS, SIZE = 8, 64
+CHUNKS = (32, 64, 128, 256)
+FAILED = "the oracle check is red: {}"
+
+
+def tensors(tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """q, k, v, leaves that want gradients."""
+    torch.manual_seed(0)
+    return [torch.randn(1, HEADS, tokens, SIZE).mul(0.3).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def relative_rms(got: Tensor, expected: Tensor) -> float:
+    """Against float64."""
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def check(slopes: Tensor) -> None:
+    """Exit unless the kernel equals the float64 oracle, forward and backward, in both dtypes."""
+    for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        inputs = tensors(333, dtype)
+        doubles = [x.detach().double().requires_grad_() for x in inputs]
+        seed = torch.randn(1, HEADS, 333, SIZE, dtype=torch.float64)
+        got, _ = decay.cpu(*inputs, slopes)
+        expected, _ = decay.oracle(*doubles, slopes)
+        errors = {"output": relative_rms(got, expected)}
+        grads = torch.autograd.grad(got, inputs, seed.to(dtype))
+        for name, a, b in zip("qkv", grads, torch.autograd.grad(expected, doubles, seed), strict=True):
+            errors[f"gradient of {name}"] = relative_rms(a, b)
+        for what, error in errors.items():
+            print(f"  {dtype} {what}: relative RMS error {error:.1e}, allowed {allowed:.0e}")
+            if not error <= allowed:
+                sys.exit(FAILED.format(f"{what} in {dtype}"))
+
+
+def forward(run: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
+    """A call without gradients."""
+
+    def call() -> None:
+        with torch.no_grad():
+            run(*inputs)
+
+    return call
+
+
+def training(run: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], None]:
+    """Forward and backward."""
+    seed = torch.randn_like(inputs[2])
+    return lambda: torch.autograd.grad(run(*inputs), inputs, seed) and None
+
+
+def in_turns(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, dict[str, float]]:
+    """Median and quartiles of each, sampled one after another until each had its time (at least 5 samples)."""
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    gc.disable()
+    while any(sum(times) < seconds and len(times) < 400 or len(times) < 5 for times in samples.values()):
+        for name, call in calls.items():
+            if sum(samples[name]) < seconds or len(samples[name]) < 5:
+                start = time.perf_counter()
+                call()
+                samples[name].append(time.perf_counter() - start)
+    gc.enable()
+    return {
+        name: dict(zip(("lower", "median", "upper"), statistics.quantiles(times, n=4, method="inclusive"), strict=True))
+        | {"fastest": min(times), "runs": len(times)}
+        for name, times in samples.items()
+    }
+
+
+def show(title: str, times: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title}")
+    for name, t in times.items():
+        print(f"  {name:34} {1e3 * t['median']:9.3f} ms  ({1e3 * t['lower']:.3f} to {1e3 * t['upper']:.3f})")
+
+
+def peak_growth(tokens: int) -> int:
+    """Bytes by which the memory of a fresh process grows in a forward of so many tokens."""
+    inputs, slopes = tensors(tokens), alibi_slopes(HEADS)
+    with torch.no_grad():
+        decay.cpu(*tensors(64), slopes)  # loads the library and starts the threads
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        decay.cpu(*inputs, slopes)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def main() -> None:
+    """Measure, print the ratios, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contestant")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    slopes = alibi_slopes(HEADS)
+    print("oracle check")
+    check(slopes)
+    here = machine.describe()
+    print("\n" + "\n".join(f"{name}: {value}" for name, value in here.items()))
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decay.cpu(q, k, v, slopes)[0]
+
+    def chunked(chunk: int) -> Callable[..., Tensor]:
+        return lambda q, k, v: decay.chunked(q, k, v, slopes, chunk=chunk)[0]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    short, long = tensors(16384), tensors(65536)
+    half = tensors(16384, torch.bfloat16)
+    gemm, bandwidth = (
+        machine.gemm_rate(torch.float32, arguments.threads),
+        machine.bandwidth(arguments.threads),
+    )
+    print(f"\nfp32 GEMM {gemm / 1e9:.0f} GFLOP/s, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+
+    ahead = {"kernel": forward(kernel, short), "kernel, 65536 tokens": forward(kernel, long)}
+    ahead |= {f"torch, chunk {chunk}": forward(chunked(chunk), short) for chunk in CHUNKS}
+    ahead |= {"causal SDPA": forward(sdpa, short), "kernel, bfloat16": forward(kernel, half)}
+    forward_times = in_turns(ahead, arguments.seconds)
+    show("forward, B1 H8 N16384 D64", forward_times)
+    both = {"kernel": training(kernel, short), "kernel, 65536 tokens": training(kernel, long)}
+    both |= {f"torch, chunk {chunk}": training(chunked(chunk), short) for chunk in CHUNKS}
+    both |= {"kernel, bfloat16": training(kernel, half)}
+    training_times = in_turns(both, arguments.seconds)
+    show("forward and backward", training_times)
+
+    steps = {}
+    for position in (100, 100_000):
+        with torch.no_grad():
+            _, state = decay.cpu(*tensors(position), slopes)
+        token = [x.detach() for x in tensors(1)]
+        steps[f"a step at {position:,}"] = lambda token=token, state=state: decay.cpu(*token, slopes, state) and None
+    step_times = in_turns(steps, 0.3)
+    show("decoding", step_times)
+
+    def best(times: dict[str, dict[str, float]]) -> float:
+        return min(t["median"] for name, t in times.items() if name.startswith("torch"))
+
+    one, two = forward_times["kernel"]["median"], training_times["kernel"]["median"]
+    useful = 4 * HEADS * 16384 * SIZE**2
+    grown = {}
+    for tokens in (16384, 65536):
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            grown[tokens] = fresh.apply(peak_growth, (tokens,))
+    ratios = {
+        "forward, times faster than the best torch chunk": best(forward_times) / one,
+        "forward and backward, times faster than the best torch chunk": best(training_times) / two,
+        "forward, times faster than causal SDPA": forward_times["causal SDPA"]["median"] / one,
+        "forward, 64k tokens cost so many times 16k": forward_times["kernel, 65536 tokens"]["median"] / one,
+        "both, 64k tokens cost so many times 16k": training_times["kernel, 65536 tokens"]["median"] / two,
+        "share of the GEMM rate, 4 N D^2 per head counted": useful / one / gemm,
+        "bfloat16 forward, times faster than float32": one / forward_times["kernel, bfloat16"]["median"],
+        "a step at 100,000 costs so many times one at 100": step_times["a step at 100,000"]["median"]
+        / step_times["a step at 100"]["median"],
+        "memory that a forward takes at 16k tokens, over its output": grown[16384] / (HEADS * 16384 * SIZE * 4),
+        "memory that a forward takes at 64k tokens, over its output": grown[65536] / (HEADS * 65536 * SIZE * 4),
+    }
+    print("\nratios, medians of this run")
+    for what, ratio in ratios.items():
+        print(f"  {what:62} {ratio:8.3f}")
+    name = f"decay-b1-h{HEADS}-n16384-d{SIZE}-threads{arguments.threads}-torch{torch.__version__.split('+')[0]}.json"
+    result = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": here,
+        "gemm": gemm,
+        "bandwidth": bandwidth,
+        "forward": forward_times,
+        "forward+backward": training_times,
+        "step": step_times,
+        "ratios": ratios,
+    }
+    path = Path(__file__).parent / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
