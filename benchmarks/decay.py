@@ -79,13 +79,14 @@ def in_turns(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, 
     for call in calls.values():
         call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     gc.disable()
-    while any(sum(times) < seconds and len(times) < 400 or len(times) < 5 for times in samples.values()):
-        for name, call in calls.items():
-            if sum(samples[name]) < seconds or len(samples[name]) < 5:
-                start = time.perf_counter()
-                call()
-                samples[name].append(time.perf_counter() - start)
+    while waiting := [name for name in calls if spent[name] < seconds or len(samples[name]) < 5]:
+        for name in waiting:
+            start = time.perf_counter()
+            calls[name]()
+            samples[name].append(time.perf_counter() - start)
+            spent[name] += samples[name][-1]
     gc.enable()
     return {
         name: dict(zip(("lower", "median", "upper"), statistics.quantiles(times, n=4, method="inclusive"), strict=True))
@@ -95,6 +96,7 @@ def in_turns(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, 
 
 
 def show(title: str, times: dict[str, dict[str, float]]) -> None:
+    """Medians and quartiles."""
     print(f"\n{title}")
     for name, t in times.items():
         print(f"  {name:34} {1e3 * t['median']:9.3f} ms  ({1e3 * t['lower']:.3f} to {1e3 * t['upper']:.3f})")

@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_named():
     q, k, v, slopes, _ = problem(2, 2, 9, 16, 8)
     with pytest.raises(BadInput, match=r"q and k are \(B, H, N, D\)"):
         decayed_linear_attention(q, k[:, :, 1:], v, slopes)
-    with pytest.raises(BadInput, match="slopes is torch.float32 of shape"):
+    with pytest.raises(BadInput, match=r"slopes is torch\.float32 of shape"):
         decayed_linear_attention(q, k, v, slopes[:1])
     assert "float32 or bfloat16" in refuses(q.double(), k.double(), v.double(), slopes)
     assert "no gradient for the slopes" in refuses(q, k, v, slopes.requires_grad_())
