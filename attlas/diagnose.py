@@ -47,9 +47,7 @@ def doctor() -> list[Finding]:
         ("sklearn", "the digits task"),
     ):
         found = importlib.util.find_spec(package) is not None
-        findings.append(
-            Finding(package, found, f"for {purpose}" + ("" if found else "; pip install 'attlas[bench]'"))
-        )
+        findings.append(Finding(package, found, f"for {purpose}" + ("" if found else "; pip install 'attlas[bench]'")))
     return findings
 
 

@@ -90,16 +90,14 @@ class MultiheadAttention(nn.Module):
             self.q_proj_weight = nn.Parameter(torch.empty(embed_dim, embed_dim, **make))
             self.k_proj_weight = nn.Parameter(torch.empty(embed_dim, self.kdim, **make))
             self.v_proj_weight = nn.Parameter(torch.empty(embed_dim, self.vdim, **make))
-        self.register_parameter(
-            "in_proj_bias", nn.Parameter(torch.zeros(3 * embed_dim, **make)) if bias else None
-        )
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.zeros(3 * embed_dim, **make)) if bias else None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **make)
         for name in ("bias_k", "bias_v"):
             extra = nn.Parameter(torch.empty(1, 1, embed_dim, **make)) if add_bias_kv else None
             self.register_parameter(name, extra)
-        self.attend = make_attend(
-            mechanism, num_heads, self.head_dim, causal=causal, backend=backend, **params
-        ).to(**make)
+        self.attend = make_attend(mechanism, num_heads, self.head_dim, causal=causal, backend=backend, **params).to(
+            **make
+        )
         self._reset_parameters()
 
     _qkv_same_embed_dim = False

@@ -111,9 +111,7 @@ class Attention(Mixer):
         x_BNC = self.position.embed(x_BNC, start)
         source = x_BNC if context is None else context
         if source.shape[2] != self.context_dim:
-            raise BadInput(
-                f"context has {source.shape[2]} channels; build with context_dim={source.shape[2]}"
-            )
+            raise BadInput(f"context has {source.shape[2]} channels; build with context_dim={source.shape[2]}")
         q_BNHD = self.q_proj(x_BNC).unflatten(-1, (self.query_heads, size))
         k_BMGD = self.k_proj(source).unflatten(-1, (self.kv_heads, size))
         v = self.v_proj(source).unflatten(-1, (self.kv_heads, size)).transpose(1, 2)
@@ -148,9 +146,7 @@ class Attention(Mixer):
         """The attend's initial state, at position 0."""
         return AttentionState(self.attend.initial_state(batch, like), 0)
 
-    def advance(
-        self, x_BNC: Tensor, state: AttentionState, keep: Tensor | None
-    ) -> tuple[Tensor, AttentionState]:
+    def advance(self, x_BNC: Tensor, state: AttentionState, keep: Tensor | None) -> tuple[Tensor, AttentionState]:
         """Project the segment at its position and extend the attend."""
         if self.position.biases:
             raise BadInput(f"{type(self.position).__name__} positions do not stream; use Rotary or Learned")

@@ -83,9 +83,7 @@ def mixer(
     built = heads if query_heads is None else query_heads
     shared = built if kv_heads is None else kv_heads
     if max(built, shared) % min(built, shared):
-        raise BadInput(
-            f"{built} query heads and {shared} key/value heads: one must be a multiple of the other"
-        )
+        raise BadInput(f"{built} query heads and {shared} key/value heads: one must be a multiple of the other")
     wide = max(built, shared)
     site = Site(dim, wide, shared, head_dim, causal, length, grid, layer, layers)
     _check_settings(cls, settings, SHELL)

@@ -213,9 +213,7 @@ class Mask:
         if self.bias is not None or other.bias is not None:
             raise BadInput("a union of masks with a bias has no meaning: add the bias with & afterwards")
         first, second = self._whole_rule(), other._whole_rule()
-        return Mask(
-            causal=self.causal and other.causal, rule=_Either(first, second) if first and second else None
-        )
+        return Mask(causal=self.causal and other.causal, rule=_Either(first, second) if first and second else None)
 
     def _whole_rule(self) -> Rule | None:
         """Everything that restricts visibility as one rule; None where every pair is visible."""
@@ -241,9 +239,7 @@ class Mask:
         return None if rule is None else self._rows(rule, 0, queries, queries, keys, device)
 
     @staticmethod
-    def _rows(
-        rule: Rule, start: int, stop: int, queries: int, keys: int, device: torch.device | str
-    ) -> Tensor:
+    def _rows(rule: Rule, start: int, stop: int, queries: int, keys: int, device: torch.device | str) -> Tensor:
         query = torch.arange(start, stop, device=device).unsqueeze(1) + (keys - queries)
         seen = rule(query, torch.arange(keys, device=device).unsqueeze(0))
         return seen[(None,) * (4 - seen.ndim)]

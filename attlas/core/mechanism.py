@@ -116,9 +116,7 @@ class Mechanism(nn.Module, ABC):
         if site.causal and not causal:
             raise self._unsupported("causal use", pattern=Pattern.CAUSAL_SELF)
         if not site.causal and causal == self.spec.patterns:
-            raise self._unsupported(
-                "noncausal use (build it with causal=True)", pattern=Pattern.NONCAUSAL_SELF
-            )
+            raise self._unsupported("noncausal use (build it with causal=True)", pattern=Pattern.NONCAUSAL_SELF)
 
     def __getstate__(self) -> dict[str, Any]:
         # The last auxiliary loss hangs in an autograd graph, which can be neither copied nor pickled.
@@ -148,9 +146,7 @@ class Mechanism(nn.Module, ABC):
                 raise self._unsupported(f"a mask with {takes}", mask=takes)
         for name, keep, tokens in (("key", mask.keys, keys), ("query", mask.queries, queries)):
             if keep is not None and keep.shape != (batch, tokens):
-                raise BadInput(
-                    f"the {name} padding mask is {tuple(keep.shape)}, expected ({batch}, {tokens})"
-                )
+                raise BadInput(f"the {name} padding mask is {tuple(keep.shape)}, expected ({batch}, {tokens})")
         if self.site.causal and not cross:
             mask = mask.with_(causal=True)
         if not cross and mask.queries is None and mask.keys is not None and queries <= keys:
@@ -180,9 +176,7 @@ class Mechanism(nn.Module, ABC):
         """FLOPs and pairs of one forward at these sizes; `keys` only for cross-attention."""
         cross = keys is not None
         grid = self._default_grid() if grid is None else grid
-        return self.count(
-            Sizes(batch, queries, queries if keys is None else keys, Grid.of(grid, queries), cross)
-        )
+        return self.count(Sizes(batch, queries, queries if keys is None else keys, Grid.of(grid, queries), cross))
 
     @abstractmethod
     def count(self, sizes: Sizes) -> Cost:
@@ -336,8 +330,7 @@ class Mixer(Mechanism):
         source = x_BNC if context_BMC is None else context_BMC
         if source.ndim != 3 or source.shape[0] != x_BNC.shape[0]:
             raise BadInput(
-                f"context is (batch, tokens, channels) with x's batch of {x_BNC.shape[0]}, "
-                f"got {tuple(source.shape)}"
+                f"context is (batch, tokens, channels) with x's batch of {x_BNC.shape[0]}, got {tuple(source.shape)}"
             )
         cross = context_BMC is not None
         mask, grid = self._check(x_BNC.shape[0], x_BNC.shape[1], source.shape[1], cross, mask, grid)

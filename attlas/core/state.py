@@ -71,9 +71,7 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, batch: int, heads: int, size: int, value: int, like: Tensor) -> KVCache:
         """No positions yet, in the dtype and on the device of `like`."""
-        return cls(
-            Rows(like.new_empty(batch, heads, 0, size)), Rows(like.new_empty(batch, heads, 0, value)), None
-        )
+        return cls(Rows(like.new_empty(batch, heads, 0, size)), Rows(like.new_empty(batch, heads, 0, value)), None)
 
     def append(self, k: Tensor, v: Tensor, keep: Tensor | None) -> KVCache:
         """The cache with a segment behind it; keep (B, n) or None for all real."""

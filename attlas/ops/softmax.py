@@ -23,9 +23,7 @@ def repeat_heads(x_BGMD: Tensor, heads: int) -> Tensor:
     return x_BGMD if groups == heads else x_BGMD.repeat_interleave(heads // groups, 1)
 
 
-def attention_weights(
-    q_BHND: Tensor, k_BGMD: Tensor, mask: Mask | None = None, scale: float | None = None
-) -> Tensor:
+def attention_weights(q_BHND: Tensor, k_BGMD: Tensor, mask: Mask | None = None, scale: float | None = None) -> Tensor:
     """The weights (B, H, N, M) of softmax attention; the row of a query that sees nothing is 0."""
     heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
     scores = q_BHND @ repeat_heads(k_BGMD, heads).transpose(-1, -2) * _scale(q_BHND, scale)

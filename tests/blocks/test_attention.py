@@ -27,9 +27,7 @@ def test_rotary_keeps_its_angles_in_half_precision():
     assert not torch.allclose(turned, layer.position.rotate(x, 90_000), atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "position", [positions.Rotary(4), positions.Learned(DIM, TOKENS)], ids=["rotary", "learned"]
-)
+@pytest.mark.parametrize("position", [positions.Rotary(4), positions.Learned(DIM, TOKENS)], ids=["rotary", "learned"])
 def test_positions_stream(position):
     layer = attlas.mixer("softmax", DIM, HEADS, causal=True, position=position).double().eval()
     x = torch.randn(2, TOKENS, DIM).double()
@@ -87,10 +85,7 @@ def test_norms_and_gates_do_what_they_say():
     )
     x = torch.randn(2, TOKENS, DIM)
     q, k, v = (getattr(layer, f"{name}_proj")(x).view(2, TOKENS, HEADS, -1).transpose(1, 2) for name in "qkv")
-    q, k = (
-        t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6)
-        for t in map(torch.nn.functional.silu, (q, k))
-    )
+    q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6) for t in map(torch.nn.functional.silu, (q, k)))
     o = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).reshape(2, TOKENS, DIM)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * layer.gate_proj(x).sigmoid()
     assert torch.allclose(layer(x), layer.out_proj(o), atol=1e-5)

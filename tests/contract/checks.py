@@ -179,9 +179,7 @@ def check_backends(case: Case, dtype: torch.dtype) -> None:
     """1d. Every backend that takes this dtype equals the float64 oracle, forward and backward."""
     layer, inputs = case.build(dtype), case.inputs(dtype)
     reference = case.build(dtype).double()
-    expected, expected_grads = gradients(
-        use_backend(reference, "oracle"), [t.double() for t in inputs], grid=case.grid
-    )
+    expected, expected_grads = gradients(use_backend(reference, "oracle"), [t.double() for t in inputs], grid=case.grid)
     with record_choices() as choices:
         layer(*inputs, grid=case.grid)
     names = {"auto"} | {c.backend for c in choices} | {n for c in choices for n, _ in c.passed_over}

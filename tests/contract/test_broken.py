@@ -41,9 +41,7 @@ class Right(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         k = k_BGMD * self.real(call.mask.keys, k_BGMD)
-        return (q_BHND @ k.transpose(-1, -2) * self.weights(q_BHND, k)) @ (
-            v_BGME * self.real(call.mask.keys, k_BGMD)
-        )
+        return (q_BHND @ k.transpose(-1, -2) * self.weights(q_BHND, k)) @ (v_BGME * self.real(call.mask.keys, k_BGMD))
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         keys = k.shape[2]

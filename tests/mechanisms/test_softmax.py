@@ -44,10 +44,7 @@ def test_variants_build_the_published_heads(variant):
     assert layer.q_proj.weight.shape == (query_heads * size, DIM)
     assert layer.k_proj.weight.shape == layer.v_proj.weight.shape == (kv_heads * size, DIM)
     assert layer.out_proj.weight.shape == (DIM, query_heads * size)
-    assert (
-        attend_cost(layer).flops * HEADS
-        == attend_cost(attlas.mixer("softmax", DIM, HEADS)).flops * query_heads
-    )
+    assert attend_cost(layer).flops * HEADS == attend_cost(attlas.mixer("softmax", DIM, HEADS)).flops * query_heads
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
