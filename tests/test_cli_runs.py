@@ -38,7 +38,7 @@ def test_compare_trains_reports_and_resumes(attlas, tmp_path):
     store = tmp_path / "store"
     code, text = attlas(*TINY, "--workers", 1, "--store", store)
     assert code == 0
-    for expected in ("accuracy", "softmax (again)", "noise control", "pool", "parameters", "report:"):
+    for expected in ("accuracy", "softmax (again)", "baseline", "pool", "parameters", "report:"):
         assert expected in text
     page = (store / "report.html").read_text()
     assert "attlas compare softmax,pool" in page
@@ -104,7 +104,8 @@ def test_mistakes_are_named_before_any_work(attlas, tmp_path):
 
 def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     long = ["compare", "softmax", "--task", "digits", "--steps", "30", "--dim", "16", "--layers", "1", "--no-speed"]
-    command = [sys.executable, "-c", "from attlas.cli import main; main()", *long, "--store", str(tmp_path / "store")]
+    store = ["--workers", "1", "--store", str(tmp_path / "store")]
+    command = [sys.executable, "-c", "from attlas.cli import main; main()", *long, *store]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     deadline = time.monotonic() + 120

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -276,12 +277,15 @@ def _train(jobs: Iterator[QualityJob], workers: int, bars: Progress) -> Generato
 
     def records(calls: Iterable[Any]) -> Iterator[Record]:
         parallel = joblib.Parallel(workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        with _interrupts_blocked():  # for the workers, which are started here and inherit it
+        with _interrupts_ignored():  # by the workers, which are started here; this process ends them
             results = parallel(calls)
-        with closing(results):
+        try:
             for record in results:
                 out.pop(key(record.job))
                 yield record
+        finally:
+            with warnings.catch_warnings(action="ignore"):  # joblib's, about jobs that end half done
+                results.close()
 
     while True:
         try:
@@ -342,10 +346,13 @@ def _failure(problem: Exception) -> Failure:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C comes through behind the block; to processes that are started inside, never."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C does nothing inside the block, nor ever in a process that is started there."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)

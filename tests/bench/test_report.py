@@ -20,7 +20,7 @@ from rich.console import Console
 
 import attlas
 from attlas.bench.records import Failure, QualityJob, Record, SpeedJob, from_json
-from attlas.bench.report import numbers, terminal_tables, visible_pairs, write_html
+from attlas.bench.report import masks, numbers, terminal_tables, visible_pairs, write_html
 from attlas.bench.report.digest import FUSED, MATERIALISED, Digest
 from attlas.bench.report.svg import COLOURS, MARKERS, Axis, Point, Series, Style, _apart, chart, matrix
 from attlas.bench.statistics import difference, interval
@@ -75,6 +75,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> comes twice"
+        assert all(re.fullmatch(r"[a-z][\w-]*", name) for name, _ in attrs), f"text among the attributes of <{tag}>"
         node = Node(tag, dict(attrs))
         self._open[-1].children.append(node)
         if tag not in self.VOID:
@@ -156,7 +157,11 @@ def test_verdict_follows_the_direction_of_the_metric(tmp_path):
         *made_up.quality("recall", "pool", 0.1, higher=True),
     ]
     rows = rows_of(written(records, tmp_path).all("table")[0])
-    assert {name: cells[3] for name, cells in rows.items()} == {"linear": "better", "softmax": "", "pool": "worse"}
+    assert [(name, cells[3]) for name, cells in rows.items()] == [
+        ("linear", "better"),
+        ("softmax", ""),
+        ("pool", "worse"),
+    ]
 
 
 def test_roles_and_failures_are_rows(page):
@@ -300,6 +305,13 @@ def test_rings_mark_the_efficiency_lengths(page):
     (figure,) = figure_called(page, "Time, forward")
     rings = {ring.attributes["data-name"] for ring in figure.all("g", "ring")}
     assert rings == {"lightning", "linear", "flow", "neighborhood"}, "pool always pays off"
+    marks = {group.attributes["data-name"]: group.all("use", "mark") for group in figure.all("g", "series")}
+    for ring in figure.all("g", "ring"):
+        (circle,) = ring.all("circle")
+        x, y = float(circle.attributes["cx"]), float(circle.attributes["cy"])
+        places = [(float(m.attributes["x"]), float(m.attributes["y"])) for m in marks[ring.attributes["data-name"]]]
+        (x0, y0), (x1, y1) = next(pair for pair in pairwise(places) if pair[0][0] <= x <= pair[1][0])
+        assert y == pytest.approx(y0 + (x - x0) / (x1 - x0) * (y1 - y0), abs=0.3), "it stands on its line"
 
 
 def test_a_mechanism_looks_alike_everywhere_and_like_no_other(page, records):
@@ -403,6 +415,17 @@ def test_pictures_leave_the_random_state_alone_and_take_variants():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_pictures_see_through_layers_that_start_at_zero(monkeypatch):
+    def zeros(*args: object, **settings: object) -> attlas.Mixer:
+        layer = attlas.mixer(*args, **settings)
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+        return layer
+
+    monkeypatch.setattr(masks, "mixer", zeros)
+    assert torch.equal(visible_pairs("softmax", True, (5,)), torch.ones(5, 5).tril().double())
+
+
 def test_what_cannot_be_pictured_raises():
     with pytest.raises(Unsupported):
         visible_pairs("agent", True, (6,))
@@ -429,6 +452,7 @@ PARTS: dict[str, Callable[[], list[Record]]] = {
     ],
     "all failed": lambda: [replace(r, result=None, failure=FAILED) for r in made_up.everything()],
     "unknown task": lambda: [replace(r, job=replace(r.job, task="gone")) for r in made_up.text_task()],
+    "task of another version": lambda: [replace(r, job=replace(r.job, task="digits")) for r in made_up.text_task()],
     "unknown mechanism": lambda: [
         replace(r, job=replace(r.job, mechanism="gone")) for r in made_up.everything() if r.job.mechanism == "pool"
     ],
@@ -467,6 +491,9 @@ def test_everything_is_escaped(tmp_path):
     ]
     page = written(records, tmp_path, command=evil, machine={evil: evil}, title=evil)
     assert not page.all("img")
+    tips = [use.attributes["data-tip"] for use in page.all("use", "mark") if "data-tip" in use.attributes]
+    assert tips
+    assert all(tip.startswith(evil) for tip in tips)
     assert len(page.all("script")) == 2
     assert page.all("h1")[0].text == page.all("pre")[0].text == page.all("title")[0].text == evil
     assert {button.text for button in page.all("button") if "data-name" in button.attributes} == {"linear", evil}

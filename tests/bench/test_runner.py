@@ -272,6 +272,27 @@ def test_a_job_that_kills_its_worker_is_a_row_and_the_others_are_done(tmp_path, 
     assert records[1].failure.error == "TerminatedWorkerError"
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_workers_end_where_a_record_cannot_be_written(tmp_path, console, monkeypatch):
+    def perform_for(caller, job):
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(60 if job.seed else 0)
+        return made_up(job)
+
+    def full(_record):
+        raise StoreError("the disk is full")
+
+    store = Store(tmp_path / "store")
+    monkeypatch.setattr(runner, "_perform_for", perform_for)
+    monkeypatch.setattr(store, "put", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        run(jobs(4), store, workers=2, console=console)
+    workers = [int(file.stem) for file in tmp_path.glob("*.worker")]
+    assert workers
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert all(store.claim(job) for job in jobs(4))
+
+
 SCRIPT = """
 import sys
 from attlas.bench.runner import run
@@ -295,8 +316,8 @@ def _is_alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_end_from_outside_leaves_no_process_and_no_loss(tmp_path, how):
+@pytest.mark.parametrize(("how", "finished"), [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGKILL, 2)])
+def test_an_end_from_outside_leaves_no_process_and_no_loss(tmp_path, how, finished):
     """The whole path: real training in workers, ended as a terminal (all processes) or a system (one) would."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, tmp_path],
@@ -305,9 +326,11 @@ def test_an_end_from_outside_leaves_no_process_and_no_loss(tmp_path, how):
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
     )
-    while len(list(tmp_path.glob("records/*.json"))) < 2:
+    # With nothing finished, it comes while the workers are being started.
+    while len(list(tmp_path.glob("records/*.json" if finished else "claims/*.lock"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(0 if finished else 0.5)
     (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
     _, shown = process.communicate(timeout=30)  # at the end of the last process that holds stderr
     deadline = time.monotonic() + 10
@@ -319,6 +342,5 @@ def test_an_end_from_outside_leaves_no_process_and_no_loss(tmp_path, how):
         assert "the same command goes on" in shown
         assert "Traceback" not in shown
     store = Store(tmp_path)
-    assert {record.job.steps for record in store.records()} == {1}
-    assert len(store.records()) == 2
+    assert [record.job.steps for record in store.records()] == [1] * finished
     assert all(store.claim(replace(job, steps=10**9)) for job in jobs(4))

@@ -18,12 +18,13 @@ from attlas.bench.efficiency import (
     scaling_exponent,
     time_curve,
 )
-from attlas.bench.records import Failure, Measure, QualityJob, QualityResult, Record, SpeedJob, SpeedResult
+from attlas.bench.records import Failure, Job, Measure, QualityJob, QualityResult, Record, SpeedJob, SpeedResult
 from attlas.bench.report import numbers
 from attlas.bench.report.svg import Style
 from attlas.bench.speed import BASELINES
 from attlas.bench.statistics import Interval, Scores, composite, difference, interval, within_noise
-from attlas.bench.tasks import TASKS
+from attlas.bench.tasks import TASKS, task_named
+from attlas.core.errors import AttlasError
 
 MATERIALISED, FUSED = "materialised", "SDPA"
 """What the two softmax baselines of a speed sweep are called."""
@@ -185,6 +186,7 @@ class Index:
     pattern: str
     tasks: Sequence[str]
     scores: Mapping[str, Interval]
+    roles: Mapping[str, str]
 
 
 def composite_indices(tables: Iterable[QualityTable]) -> list[Index]:
@@ -198,10 +200,11 @@ def composite_indices(tables: Iterable[QualityTable]) -> list[Index]:
         tasks = list(dict.fromkeys(table.job.task for table in group))
         if len(tasks) < 2:
             continue
-        controls = {row.name for table in group for row in table.rows if row.role == "noise control"}
+        roles = {row.name: row.role for table in group for row in table.rows}
+        controls = [name for name, role in roles.items() if role == "noise control"]
         scores = [Scores(table.higher_is_better, {row.name: row.values for row in table.ranked}) for table in group]
         if index := composite(scores, controls):
-            indices.append(Index(pattern, tasks, index))
+            indices.append(Index(pattern, tasks, index, roles))
     return indices
 
 
@@ -495,19 +498,25 @@ class Digest:
         pictures: dict[Any, Picture] = {}
         for record in self.records:
             job = record.job
-            if record.failure is not None:
+            place = _place(job)
+            if record.failure is not None or place is None:
                 continue
-            if isinstance(job, SpeedJob):
-                causal, axes = job.causal, len(job.grid)
-            elif job.task in TASKS:
-                task = TASKS[job.task](job.length)
-                causal, axes = task.causal, len(task.grid)
-            else:
-                continue
+            causal, axes = place
             key = axes, not causal, job.mechanism, json.dumps(job.params, sort_keys=True)
             row = self.names[identity(job)]
             pictures.setdefault(key, Picture(row, job.mechanism, causal, PICTURED[axes], job.params))
         return [pictures[key] for key in sorted(pictures)]
+
+
+def _place(job: Job) -> tuple[bool, int] | None:
+    """Whether a job is causal and on how many axes; None for a task that this version cannot make."""
+    if isinstance(job, SpeedJob):
+        return job.causal, len(job.grid)
+    try:
+        task = task_named(job.task)(job.length)
+    except AttlasError:
+        return None
+    return task.causal, len(task.grid)
 
 
 def _quality_findings(table: QualityTable) -> Iterable[Finding]:

@@ -18,9 +18,6 @@ from attlas.core.spec import Example, Pattern
 ROUNDING = 1e-14
 """Gradients below this share of a row's largest are rounding (of a Fourier transform, say), not dependence."""
 
-FEWEST_HEADS = 4
-"""Heads that a variant can be built of: variants keep a quarter of them."""
-
 
 def visible_pairs(
     name: str,
@@ -46,9 +43,7 @@ def visible_pairs(
         UnknownName, BadInput, Unsupported: the mechanism cannot be built or run this way.
     """
     place = Grid(tuple(grid))
-    cls, variant = resolve(name)
-    example = _example(cls.spec.examples, Pattern.of(causal, cross=False), place.rank)
-    heads = example.heads if variant is None else max(example.heads, FEWEST_HEADS)
+    example = _example(resolve(name)[0].spec.examples, Pattern.of(causal, cross=False), place.rank)
     settings = dict(example.params if params is None else params)
     share_NN = torch.zeros(place.tokens, place.tokens, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -57,7 +52,7 @@ def visible_pairs(
             layer = mixer(
                 name,
                 example.dim,
-                heads,
+                example.heads,
                 kv_heads=example.kv_heads,
                 causal=causal,
                 grid=place,

@@ -36,14 +36,23 @@ def index_section(index: Index, looks: Looks) -> str:
     best_first = sorted(index.scores.items(), key=lambda item: -item[1].mean)
     columns = [
         Column("mechanism", kind="text"),
-        Column("index", "higher is better, ± 95 % CI"),
+        Column("index", "higher is better, ± CI"),
         Column("", kind="text"),
     ]
     span = _span(index.scores.values())
     rows = []
     for name, score in best_first:
         picture = _forest(score, span, None, looks, name, 2)
-        rows.append((name, [name_cell(name, looks), Cell(_interval(score, 2, signed=True), score.mean), picture]))
+        rows.append(
+            (
+                name,
+                [
+                    name_cell(name, looks, index.roles[name]),
+                    Cell(_interval(score, 2, signed=True), score.mean),
+                    picture,
+                ],
+            )
+        )
     tasks = " and ".join(index.tasks)
     return (
         f"<h3>All {escape(index.pattern)} tasks together</h3>"
@@ -56,15 +65,15 @@ def _table(task: QualityTable, looks: Looks) -> str:
     groups = list(dict.fromkeys(group for row in task.ranked for run in row.runs for group in run.details))
     columns = [
         Column("mechanism", kind="text"),
-        Column(task.metric or "result", f"{task.direction}, ± 95 % CI"),
-        Column("", "mean and 95 % CI", "text"),
-        Column("difference", "to the baseline, ± 95 % CI"),
+        Column(task.metric or "result", f"{task.direction}, ± CI"),
+        Column("", "mean, 95 % CI", "text"),
+        Column("difference", "to baseline, ± CI"),
         Column("", "", "text"),
+        Column("state", "per sequence"),
         *(Column(group, task.metric) for group in groups),
-        Column("parameters", "against the budget"),
+        Column("parameters", "against budget"),
         Column("training", "tokens/s"),
         Column("time", "of training"),
-        Column("state", "per sequence"),
     ]
     span = _span(row.value for row in task.ranked if row.value)
     places = numbers.places_for([row.value.half for row in task.ranked if row.value])
@@ -96,11 +105,11 @@ def _cells(
         _forest(value, span, noise, looks, row.name, places),
         Cell(numbers.MISSING) if row.gap is None else Cell(_interval(row.gap, places, signed=True), row.gap.mean),
         _verdict(task, row.gap),
+        number_cell(state, numbers.memory) if state else Cell("none", 0),
         *(number_cell(row.detail(group), lambda x: f"{x:.{places}f}") for group in groups),
         Cell(f"{parameters:,.0f} <small>{against} %</small>", parameters),
         number_cell(row.mean("tokens_per_second"), lambda x: f"{x:,.0f}"),
         number_cell(row.mean("seconds"), numbers.seconds),
-        number_cell(state, numbers.memory) if state else Cell("none", 0),
     ]
 
 

@@ -37,6 +37,10 @@ ADVANCE = 0.58
 """Mean advance of a bold letter, in font sizes, on the safe side for the usual sans-serif fonts."""
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
 @dataclass(frozen=True)
 class Style:
     """How one mechanism looks in every chart.
@@ -339,10 +343,7 @@ def _end_labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> Iterable[st
     for (height, at, each), place in zip(ends, places, strict=True):
         edge = sx.end + 9
         if abs(place - height) > 3:
-            yield (
-                f'<path class="leader c{each.style.colour}" data-name="{escape(each.name)}" '
-                f'd="M{at + 6:.1f} {height:.1f}L{edge - 2:.1f} {place:.1f}"/>'
-            )
+            yield _leader(each, f"M{at + 6:.1f} {height:.1f}L{edge - 2:.1f} {place:.1f}")
         yield _label(each, edge, place + 4, "start")
 
 
@@ -377,38 +378,43 @@ def _inside(first: float, count: int, gap: float, low: float, high: float) -> fl
 
 
 def _near_labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> Iterable[str]:
-    """Names beside single points, each at the first of eight places that hits no mark and no name."""
-    Box = tuple[float, float, float, float]
-    marks: list[Box] = []
-    for each in series:
-        for p in _shown(each, sx, sy):
-            at, height = sx(p.x), sy(p.y)
-            marks.append((at - 6, height - 6, at + 6, height + 6))
-            if p.low is not None and p.high is not None and sy.shows(p.low):
-                marks.append((at - 3, sy(p.high), at + 3, sy(p.low)))
-    taken: list[Box] = list(marks)
-    for each in series:
-        for p in _shown(each, sx, sy)[-1:]:
-            at, height, wide = sx(p.x), sy(p.y), _width(each.name)
-            places = [(dx, dy, anchor) for dy in (0, -11, 11, -20, 20) for dx, anchor in ((9, 0.0), (-9, 1.0))]
-            places += [(0, dy, 0.5) for dy in (-14, 14)]
-            boxes = {}
-            for dx, dy, anchor in places:
-                left, middle = at + dx - anchor * wide, height + dy
-                boxes[dx, dy, anchor] = (left, middle - 6, left + wide, middle + 6)
-            (dx, dy, anchor), box = min(
-                boxes.items(),
-                key=lambda item: sum(_overlap(item[1], other) for other in taken) + _outside(item[1], sx, sy),
-            )
-            taken.append(box)
-            yield _label(each, at + dx, height + dy + 4, {0.0: "start", 0.5: "middle", 1.0: "end"}[anchor])
+    """Names beside single points, as near as they hit no other name and no mark, with a leader where that is far."""
+    ends = [(each, p, sx(p.x), sy(p.y)) for each in series for p in _shown(each, sx, sy)[-1:]]
+    marks: list[Box] = [(at - 6, height - 6, at + 6, height + 6) for _, _, at, height in ends]
+    for _, p, at, _ in ends:
+        if p.low is not None and p.high is not None and sy.shows(p.low):
+            marks.append((at - 3, sy(p.high), at + 3, sy(p.low)))
+    names: list[Box] = []
+
+    def cost(place: tuple[Box, float]) -> float:
+        box, far = place
+        hits = 3 * sum(_overlap(box, name) for name in names) + sum(_overlap(box, mark) for mark in marks)
+        return hits + _outside(box, sx, sy) + far
+
+    for each, _, at, height in ends:
+        wide, places = _width(each.name), {}
+        for side, anchor in ((1, "start"), (-1, "end")):
+            left = at + 9 if side > 0 else at - 9 - wide
+            for dy in (0, -11, 11, -20, 20, -32, 32, -44, 44, -56, 56, -70, 70):
+                y = height + dy
+                places[side, dy, anchor] = ((left, y - 6, left + wide, y + 6), abs(dy))
+        (side, dy, anchor), (box, _) = min(places.items(), key=lambda item: cost(item[1]))
+        names.append(box)
+        if abs(dy) > 20:
+            tip = f"{at + 8 * side:.1f} {height + dy - math.copysign(4, dy):.1f}"
+            yield _leader(each, f"M{at:.1f} {height + math.copysign(6, dy):.1f}L{tip}")
+        yield _label(each, at + 9 * side, height + dy + 4, anchor)
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _leader(each: Series, path: str) -> str:
+    return f'<path class="leader c{each.style.colour}" data-name="{escape(each.name)}" d="{path}"/>'
+
+
+def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _outside(box: tuple[float, ...], sx: _Scale, sy: _Scale) -> float:
+def _outside(box: Box, sx: _Scale, sy: _Scale) -> float:
     """The area of a box that leaves the plot, counted tenfold."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     return 10 * (area - _overlap(box, (sx.start, sy.end - 8, sx.end + 8, sy.start)))
@@ -480,7 +486,7 @@ def forest(
         style: of the mark.
         tip: shown on hover.
     """
-    width, middle = 176.0, 10.0
+    width, middle = 128.0, 10.0
 
     def at(x: float) -> float:
         share = (x - span[0]) / ((span[1] - span[0]) or 1.0)
