@@ -292,7 +292,7 @@ def _train(jobs: Iterator[QualityJob], workers: int, bars: Progress) -> Generato
             yield from records(calls())
             return
         except BrokenProcessPool:
-            # A worker died, and nobody knows of which job: the one that does it again alone.
+            # A worker died, and nobody knows over which job: each that was out is done again alone.
             for job in list(out.values()):
                 try:
                     yield from records([joblib.delayed(_perform_for)(os.getpid(), job)])

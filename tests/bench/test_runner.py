@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
 import pytest
 from rich.console import Console
 
@@ -257,6 +259,21 @@ def test_ctrl_c_says_how_to_go_on_and_keeps_what_is_done(tmp_path, console, monk
 
 
 # -- workers -----------------------------------------------------------------------------------------------
+
+
+def test_jobs_go_to_whatever_is_registered_with_joblib(tmp_path, console, monkeypatch):
+    threads = []
+
+    def perform(job, progress=None):
+        threads.append(threading.current_thread())
+        return made_up(job)
+
+    monkeypatch.setattr(runner, "perform", perform)
+    with joblib.parallel_config(backend="threading"):
+        records = run(jobs(5), Store(tmp_path), workers=2, console=console)
+    assert records == list(map(made_up, jobs(5)))
+    assert len(threads) == 5
+    assert threading.main_thread() not in threads
 
 
 def test_a_job_that_kills_its_worker_is_a_row_and_the_others_are_done(tmp_path, console, monkeypatch):
