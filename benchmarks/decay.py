@@ -1,8 +1,8 @@
 """How fast the C++ kernel of decayed linear attention is: `python benchmarks/decay.py [--threads 2]`.
 
 B1 H8 D64, against the torch backend and causal SDPA, all in one run and in turns, so that a noisy machine hits
-none alone. Every figure is a ratio, of medians and of the fastest calls; the quartiles are printed beside. Nothing is reported
-while the oracle check is red. The result goes to benchmarks/results/ under a name that says the conditions.
+none alone. Every figure is a ratio, of medians and of the fastest calls; the quartiles are printed beside. Nothing
+is reported while the oracle check is red. The result goes to benchmarks/results/ under a name that says the conditions.
 """
 
 import argparse
