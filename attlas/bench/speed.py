@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import attlas
 from attlas.bench import machine
@@ -34,6 +33,7 @@ from attlas.bench.records import Failure, Measure, Record, SpeedJob, SpeedResult
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.mechanism import Cost, Mechanism, Mixer
 from attlas.ops.dispatch import record_choices
+from attlas.ops.flops import flop_counter
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of the default sweep."""
@@ -287,7 +287,7 @@ def observe(call: _Call) -> Observed:
     before = vars(call).copy()  # stays alive: the profiler cannot count the release of what it saw no start of
     with (
         record_choices() as choices,
-        FlopCounterMode(display=False) as counter,
+        flop_counter() as counter,
         profile(profile_memory=True) as profiler,
     ):
         call.step()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import attlas
 from attlas.core.errors import BackendUnavailable, BadInput
@@ -18,6 +17,7 @@ from attlas.core.mechanism import Attend, Mechanism
 from attlas.core.registry import mechanism
 from attlas.core.spec import Example, Pattern, Takes
 from attlas.ops.dispatch import record_choices
+from attlas.ops.flops import flop_counter
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest relative RMS error against the float64 oracle, forward and backward."""
@@ -369,7 +369,7 @@ def check_cost(case: Case) -> None:
     """7. The cost formula equals what FlopCounterMode counts on the torch backend."""
     layer, inputs = case.build(torch.float32), case.inputs(torch.float32)
     use_backend(layer, "auto" if not has_torch_backend(layer, inputs, case) else "torch")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         layer(*inputs, grid=case.grid)
     cost = layer.cost(BATCH, inputs[0].shape[1], inputs[1].shape[1] if case.cross else None, grid=case.grid)
     assert cost.executed == counter.get_total_flops(), (
