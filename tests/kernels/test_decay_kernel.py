@@ -189,6 +189,21 @@ def test_any_strides():
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("value", [64, 72])  # rows of 72 are not aligned, so that they cannot pass the caches
+def test_results_larger_than_the_caches(value):
+    """They are written in another way than small ones, and are the same."""
+    q, k, v, slopes, state = _inputs(34, 4, 523, 64, value)
+    leaves, grad = [x.requires_grad_() for x in (q, k, v, state)], torch.randn_like(v)
+    assert v.nbytes > 2**24 > v[:17].nbytes
+
+    def results(part):
+        o, _ = decayed_linear_attention(q[part], k[part], v[part], slopes, state[part])
+        return o, *(x[part] for x in torch.autograd.grad(o, leaves, grad[part]))
+
+    for whole, one, other in zip(*map(results, (slice(None), slice(17), slice(17, None))), strict=True):
+        assert torch.equal(whole, torch.cat([one, other]))
+
+
 @pytest.mark.parametrize("slope", [0.0, 1e-6, 1e4])
 def test_extreme_slopes(slope):
     q, k, v, _, state = _inputs(1, 1, 300, 16, 16)

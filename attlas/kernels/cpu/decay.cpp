@@ -42,6 +42,7 @@ constexpr int PAD = 16;    // workspace rows are padded to this many floats, a m
 static_assert(PAD % LANES == 0 && PAD % TILE == 0 && CHUNK % PAD == 0);
 
 constexpr int64_t WORTH_THREADS = 1 << 19;  // multiply-adds that take longer than waking the other threads
+constexpr int64_t CACHES = 16 << 20;  // bytes of a result from which on it is written past the caches
 
 int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
 
@@ -66,21 +67,21 @@ struct Stream {
     int D, E, lead;
     float slope;
     int64_t length;
+    bool past_caches;  // out is too large to be found in a cache by whoever reads it
 };
 
 struct Workspace {
-    float *x, *y, *y_t, *z, *scores, *state, *powers;
+    float *x, *y_t, *z, *scores, *state, *powers;
 
     static int64_t floats(int D, int E) {
         const int64_t d = padded(D), e = padded(E);
-        return CHUNK * (3 * d + e + TILE + 2) + d * e;
+        return TILE * d + CHUNK * (d + e + TILE + 2) + d * e;
     }
 
     Workspace(float* memory, int D, int E) {
         const int64_t d = padded(D), e = padded(E);
         x = memory;
-        y = x + CHUNK * d;
-        y_t = y + CHUNK * d;
+        y_t = x + TILE * d;
         z = y_t + CHUNK * d;
         scores = z + CHUNK * e;
         state = scores + CHUNK * TILE;
@@ -126,24 +127,29 @@ void pack(Rows<const T> tokens, int n, int width, float* rows) {
         for_vectors(width, [&](int c) { store(rows + r * padded(width) + c, load_first(tokens[r] + c, width - c)); });
 }
 
-// Row-major with weights, and transposed without: the state wants the one, the scores the other.
+// As pack, transposed: a column is a token.
 template <class T>
-void pack_keys(Rows<const T> tokens, int n, int width, const float* weights, float* rows, float* columns) {
+void pack_columns(Rows<const T> tokens, int n, int width, float* columns) {
     for (int r = 0; r < n; r += LANES)
         for_vectors(width, [&](int c) {
             vec tile[LANES];
-            for (int i = 0; i < LANES; ++i) {
+            for (int i = 0; i < LANES; ++i)
                 tile[i] = r + i < n ? load_first(tokens[r + i] + c, width - c) : vec{};
-                store(rows + (r + i) * padded(width) + c, tile[i] * weights[r + i]);
-            }
             transpose(tile);
             for (int i = 0; i < LANES; ++i) store(columns + (c + i) * CHUNK + r, tile[i]);
         });
 }
 
 template <class T, int NV>
-ATTLAS_INLINE void store_tile(Rows<T> out, int column, int rows, int width, const vec (&acc)[TILE][NV]) {
+ATTLAS_INLINE void store_tile(Rows<T> out, int column, int rows, int width, bool past_caches,
+                              const vec (&acc)[TILE][NV]) {
     if (rows >= TILE && width >= column + NV * LANES) {
+        if constexpr (std::is_same_v<T, float>)
+            if (past_caches) {
+                for (int i = 0; i < TILE; ++i)
+                    for (int j = 0; j < NV; ++j) stream(out[i] + column + j * LANES, acc[i][j]);
+                return;
+            }
         for (int i = 0; i < TILE; ++i)
             for (int j = 0; j < NV; ++j) store(out[i] + column + j * LANES, acc[i][j]);
         return;
@@ -154,10 +160,10 @@ ATTLAS_INLINE void store_tile(Rows<T> out, int column, int rows, int width, cons
                 store_first(out[i] + c, acc[i][j], width - c);
 }
 
-// Reads the n tokens from t on into the workspace's y and z, ready for advance().
+// Reads the n tokens from t on into the workspace's y_t and z, ready for advance().
 template <class T>
 void read_keys(const Stream<T>& s, Workspace& w, int64_t t, int n) {
-    pack_keys<T>({s.y[t], s.y.stride}, n, s.D, w.powers - (n - s.lead), w.y, w.y_t);
+    pack_columns<T>({s.y[t], s.y.stride}, n, s.D, w.y_t);
     pack<T>({s.z[t], s.z.stride}, n, s.E, w.z);
 }
 
@@ -165,18 +171,24 @@ void read_keys(const Stream<T>& s, Workspace& w, int64_t t, int n) {
 template <class T>
 void write_outputs(const Stream<T>& s, Workspace& w, int64_t t, int n) {
     const int D = s.D, E = s.E, d_row = padded(D), e_row = padded(E);
-    pack<T>({s.x[t], s.x.stride}, n, D, w.x);
     for (int r = 0; r < n; r += TILE) {
         for (int64_t next = t + n + r; next < std::min(t + n + r + TILE, s.length); ++next) {
             prefetch(s.x[next], D);
             prefetch(s.y[next], D);
             prefetch(s.z[next], E);
         }
-        const float* x = w.x + r * d_row;
+        const float* x = w.x;
+        int64_t x_row = d_row;
+        if (std::is_same_v<T, float> && n - r >= TILE) {
+            x = reinterpret_cast<const float*>(s.x[t + r]);
+            x_row = s.x.stride;
+        } else {
+            pack<T>({s.x[t + r], s.x.stride}, std::min(TILE, n - r), D, w.x);
+        }
         const int visible = std::min(r + TILE, n);
         for_column_tiles((visible + LANES - 1) / LANES * LANES, [&](int c, auto vectors) {
             vec acc[TILE][vectors()] = {};
-            multiply_add(acc, x, d_row, 1, w.y_t + c, CHUNK, D);
+            multiply_add(acc, x, x_row, 1, w.y_t + c, CHUNK, D);
             for (int i = 0; i < TILE; ++i)
                 for (int j = 0; j < vectors(); ++j) {
                     const int column = c + j * LANES;
@@ -185,26 +197,31 @@ void write_outputs(const Stream<T>& s, Workspace& w, int64_t t, int n) {
         });
         for_column_tiles(e_row, [&](int e, auto vectors) {
             vec acc[TILE][vectors()] = {};
-            multiply_add(acc, x, d_row, 1, w.state + e, e_row, D);
+            multiply_add(acc, x, x_row, 1, w.state + e, e_row, D);
             for (int i = 0; i < TILE; ++i)
                 for (int j = 0; j < vectors(); ++j) acc[i][j] *= w.powers[-(r + i + s.lead)];
             multiply_add(acc, w.scores, CHUNK, 1, w.z + e, e_row, visible);
-            store_tile<T>({s.out[t + r], s.out.stride}, e, n - r, E, acc);
+            store_tile<T>({s.out[t + r], s.out.stride}, e, n - r, E, s.past_caches, acc);
         });
     }
 }
 
-// Moves the state past the n tokens in the workspace.
-void advance(Workspace& w, int D, int E, int n) {
-    const int d_row = padded(D), e_row = padded(E);
+// Moves the state past the n tokens in the workspace, whose z is decayed in place.
+void advance(Workspace& w, int D, int E, int lead, int n) {
+    const int e_row = padded(E);
     const float decay = w.powers[-n];
+    for (int c = 0; c < n; ++c)
+        for (int e = 0; e < e_row; e += LANES) {
+            float* const part = w.z + c * e_row + e;
+            store(part, w.powers[-(n - lead - c)] * load(part));
+        }
     for (int d = 0; d < D; d += TILE)
         for_column_tiles(e_row, [&](int e, auto vectors) {
             vec acc[TILE][vectors()];
             float* tile = w.state + d * e_row + e;
             for (int i = 0; i < TILE; ++i)
                 for (int j = 0; j < vectors(); ++j) acc[i][j] = decay * load(tile + i * e_row + j * LANES);
-            multiply_add(acc, w.y + d, 1, d_row, w.z + e, e_row, n);
+            multiply_add(acc, w.y_t + d * CHUNK, CHUNK, 1, w.z + e, e_row, n);
             for (int i = 0; i < TILE; ++i)
                 for (int j = 0; j < vectors(); ++j) store(tile + i * e_row + j * LANES, acc[i][j]);
         });
@@ -216,8 +233,9 @@ void run_tokens(const Stream<T>& s, Workspace& w, int64_t begin, int64_t end, bo
         const int n = int(std::min<int64_t>(CHUNK, end - t));
         read_keys(s, w, t, n);
         if (outputs) write_outputs(s, w, t, n);
-        advance(w, s.D, s.E, n);
+        advance(w, s.D, s.E, s.lead, n);
     }
+    if (s.past_caches) end_streaming();
 }
 
 }  // namespace
@@ -264,18 +282,22 @@ int64_t length_of(const Problem& p, int64_t b) {
 template <class T>
 Stream<T> stream_of(const Problem& p, const Pass& pass, int64_t b, int64_t h) {
     const int64_t length = length_of(p, b);
+    const auto out = rows_of<T>(pass.out, b, h);
+    const bool past_caches = p.batch * p.heads * p.tokens * pass.E * int64_t(sizeof(T)) > CACHES &&
+                             can_stream(out[0]) && can_stream(out[1]);
     const auto in_order = [&](auto rows) {
         return pass.backwards ? decltype(rows){rows[length - 1], -rows.stride} : rows;
     };
     return {in_order(rows_of<const T>(pass.x, b, h)),
             in_order(rows_of<const T>(pass.y, b, h)),
             in_order(rows_of<const T>(pass.z, b, h)),
-            in_order(rows_of<T>(pass.out, b, h)),
+            in_order(out),
             pass.D,
             pass.E,
             pass.lead,
             p.slopes[h],
-            length};
+            length,
+            past_caches};
 }
 
 void read_state(const Pass& pass, int64_t b, int64_t h, float* state) {

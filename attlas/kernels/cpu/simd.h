@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #define ATTLAS_INLINE static inline __attribute__((always_inline))
 
@@ -53,6 +56,27 @@ ATTLAS_INLINE vec load(const bf16* p) {
 }
 
 ATTLAS_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+
+// As store to an address that is a multiple of the vector's size, past the caches where the processor can: for results
+// larger than the caches, whose lines would otherwise be read only to be overwritten.
+ATTLAS_INLINE void stream(float* p, vec x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    store(p, x);
+#endif
+}
+
+ATTLAS_INLINE bool can_stream(const void* p) { return std::uintptr_t(p) % sizeof(vec) == 0; }
+
+// Before other threads are told that streamed results are there.
+ATTLAS_INLINE void end_streaming() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
 
 // Rounds to nearest, ties to even. NaNs become the quiet NaN: the carry of the rounding could make one infinite.
 ATTLAS_INLINE void store(bf16* p, vec x) {
