@@ -1,12 +1,12 @@
 """The kernel of decayed linear attention against the recurrence in float64."""
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from attlas.bench import machine
 from attlas.core.errors import BadInput
 from attlas.kernels.cpu import build
 from attlas.kernels.cpu.decay import decayed_linear_attention, refuses
@@ -20,16 +20,6 @@ SLOPES = torch.tensor([0.02, 0.0, 1.0, 40.0, 1e-4])
 def _compiled():
     usable, reason = build.status("decay")
     assert usable, reason  # a kernel that does not compile is a failure, not a reason to test nothing
-
-
-@contextmanager
-def _threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _inputs(batch, heads, tokens, size, value, dtype=torch.float32):
@@ -54,7 +44,7 @@ def _error(actual, expected):
 
 
 def _assert_equals_oracle(function, q, k, v, slopes, state, where=None, keep=None, threads=1, tolerance=None):
-    with _threads(threads):
+    with machine.threads(threads):
         actual = _results(function, q, k, v, slopes, state, where)
     assert (actual[0].dtype, actual[1].dtype) == (q.dtype, torch.promote_types(q.dtype, torch.float32))
     wide = [None if x is None else x.double() for x in (q, k, v, slopes, state)]
@@ -86,9 +76,9 @@ def test_a_sequence_is_split_between_threads(heads, threads, dtype):
 def test_splitting_happens():
     """Splitting adds in another order, so one head is only nearly the same for one thread and for three."""
     inputs = _inputs(1, 1, 2000, 64, 64)
-    with _threads(1):
+    with machine.threads(1):
         alone, _ = decayed_linear_attention(*inputs)
-    with _threads(3):
+    with machine.threads(3):
         together, _ = decayed_linear_attention(*inputs)
     assert not torch.equal(alone, together)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-3)
@@ -102,7 +92,7 @@ def test_ragged_lengths(tokens, threads):
     keep = torch.arange(tokens) < lengths[:, None]
     _assert_equals_oracle(decayed_linear_attention, q, k, v, slopes, state, lengths, keep, threads)
     q, k, v = (x.masked_fill(~keep[:, None, :, None], torch.nan) for x in (q, k, v))
-    with _threads(threads):
+    with machine.threads(threads):
         o, final, *grads = _results(decayed_linear_attention, q, k, v, slopes, state, lengths)
     for x in (o, *grads[:3]):
         assert not x.transpose(1, 2)[~keep].any()
