@@ -164,7 +164,7 @@ def test_bytes_inside_of_operators_are_seen():
         x = torch.randn(1, 2, 64, 16)  # (B, H, N, D)
 
         def rewind(self):
-            pass
+            """There is no state to take back."""
 
         def step(self):
             with sdpa_kernel(SDPBackend.MATH):
