@@ -128,8 +128,9 @@ def show(
         facts.add_row(key, escape(value))
     console.print(facts)
     console.print(f"\n[bold]at {size} tokens, dim {dim}, {heads} heads[/bold]")
-    for pattern in sorted(p for p in spec.patterns if p.endswith("self")):
-        _show_cost(name, Pattern(pattern), _grid_for(spec.grids, size), dim, heads)
+    place = Grid(_grid_for(spec.grids, size), prefix=int(spec.class_token))
+    for pattern in sorted(p for p in spec.patterns if p.endswith("self")) or sorted(spec.patterns):
+        _show_cost(name, Pattern(pattern), place, dim, heads)
 
 
 def _grid_for(ranks: tuple[int, ...], size: str) -> tuple[int, ...]:
@@ -141,17 +142,19 @@ def _grid_for(ranks: tuple[int, ...], size: str) -> tuple[int, ...]:
     return grid
 
 
-def _show_cost(name: str, pattern: Pattern, grid: tuple[int, ...], dim: int, heads: int) -> None:
-    causal = pattern.startswith("causal")
+def _show_cost(name: str, pattern: Pattern, grid: Grid, dim: int, heads: int) -> None:
+    causal, cross = pattern.startswith("causal"), pattern.endswith("cross")
+    tokens = grid.tokens
     try:
-        layer = attlas.mixer(name, dim, heads, causal=causal, grid=grid, length=Grid(grid).tokens)
-        cost = layer.cost(1, Grid(grid).tokens, grid=grid)
+        layer = attlas.mixer(name, dim, heads, causal=causal, grid=grid, length=tokens)
+        cost = layer.cost(1, tokens, tokens if cross else None, grid=grid)
         parts = [f"{cost.flops / 1e9:.3g} GFLOP", f"{cost.executed / 1e9:.3g} executed by torch"]
         if cost.pairs:
             parts.append(f"{cost.pairs:,} visible pairs")
         parts.append(f"{sum(p.numel() for p in layer.parameters()):,} parameters")
-        explanation = attlas.explain(layer, torch.zeros(1, Grid(grid).tokens, dim), grid=grid)
-        console.print(f"  [bold]{pattern}[/bold] on {Grid(grid)}: {', '.join(parts)}")
+        inputs = [torch.zeros(1, tokens, dim) for _ in range(1 + cross)]
+        explanation = attlas.explain(layer, *inputs, grid=grid)
+        console.print(f"  [bold]{pattern}[/bold] on {grid}: {', '.join(parts)}")
         for line in str(explanation).splitlines():
             console.print(f"    {escape(line)}", highlight=False)
     except AttlasError as error:
@@ -215,12 +218,21 @@ def bench(
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
     setting: Settings = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Only the softmax kernels, against this machine's memory and GEMM.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Of each comparison of --decode.", min=3)] = 21,
+    scale: Annotated[float, typer.Option(help="Of the lengths of --decode; 0.1 is a quick look.", min=0.01)] = 1.0,
     store: Store_ = Path("runs/bench"),
     html: Html = None,
     retry_failed: Retry = False,
 ) -> None:
     """Time, FLOPs, memory and state over lengths, against both softmax baselines; the efficiency lengths."""
     from attlas.bench.speed import speed_jobs
+
+    if decode:
+        _bench_decode(threads or torch.get_num_threads(), rounds, scale, store)
+        return
 
     if pattern not in PATTERNS:
         raise BadInput(f"pattern is one of {', '.join(PATTERNS)}, got {pattern!r}")
@@ -238,6 +250,16 @@ def bench(
         threads=threads,
     )
     _run(jobs, store, html, "Attention mechanisms measured", retry_failed=retry_failed)
+
+
+def _bench_decode(threads: int, rounds: int, scale: float, store: Path) -> None:
+    from attlas.bench import decoding
+
+    result = decoding.measure(threads, rounds, scale)
+    decoding.show(result, console)
+    path = store / "decode.json"
+    decoding.write(result, path, shlex.join(["attlas", *sys.argv[1:]]))
+    console.print(f"{path}")
 
 
 @app.command()

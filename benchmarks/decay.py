@@ -13,22 +13,20 @@ conditions.
 """
 
 import argparse
-import gc
 import json
 import multiprocessing
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
 from attlas.bench import machine
+from attlas.bench.rounds import in_rounds, quartiles
 from attlas.ops import decay
 from attlas.ops.slopes import alibi_slopes
 
@@ -81,25 +79,6 @@ def training(run: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], o
     """Forward and backward."""
     seed = torch.randn_like(inputs[2])
     return lambda: torch.autograd.grad(run(*inputs), inputs, seed)
-
-
-def in_rounds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one call of the same to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    gc.disable()
-    for _ in track(range(rounds), "rounds"):
-        for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    gc.enable()
-    return times
-
-
-def quartiles(values: Iterable[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def show(title: str, times: dict[str, list[float]]) -> None:

@@ -8,7 +8,6 @@ import attlas
 from attlas.bench.report.masks import visible_pairs
 from attlas.blocks.factory import settings_of
 from attlas.core.registry import family_of, mechanism
-from attlas.core.spec import Pattern
 
 PAGES = Path(__file__).parent / "pages"
 SQUARE = 5  # pixels of one pair in a picture
@@ -56,7 +55,7 @@ def page(name: str) -> str:
 def picture(name: str) -> str:
     """An SVG of the pairs that gradients see, queries downwards and keys to the right."""
     spec = mechanism(name).spec
-    causal = Pattern.NONCAUSAL_SELF not in spec.patterns
+    causal = all(pattern.startswith("causal") for pattern in spec.patterns)
     grid = (48,) if 1 in spec.grids else (7, 7)
     seen = visible_pairs(name, causal, grid)
     side = len(seen) * SQUARE

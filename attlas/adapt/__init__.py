@@ -1,1 +1,5 @@
 """Attlas in models that exist."""
+
+from attlas.adapt import multihead, rescale, upcycle
+
+__all__ = ["multihead", "rescale", "upcycle"]

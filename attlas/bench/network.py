@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.bench.tasks.base import Task
-from attlas.blocks.factory import mixer
+from attlas.blocks.factory import mixer, resolve
 from attlas.blocks.positions import Learned
-from attlas.core.errors import BadInput
+from attlas.core.errors import BadInput, Unsupported
 from attlas.core.mechanism import Mixer
 from attlas.core.state import state_bytes
 
@@ -83,6 +83,8 @@ class Network(nn.Module):
         hidden: int | None = None,
         parameters: int = 0,
     ) -> None:
+        if resolve(mechanism)[0].spec.class_token:
+            raise Unsupported(f"{mechanism} does not serve tasks that put no class token in front of their tokens")
         super().__init__()
         self.per_sequence = task.per_sequence
         self.grid = task.grid

@@ -73,6 +73,9 @@ def mixer(
     if isinstance(grid, Sequence):
         grid = Grid(tuple(grid))
     if issubclass(cls, Mixer):
+        for what, value in (("kv_heads", kv_heads), ("query_heads", query_heads), ("head_dim", head_dim)):
+            if value is not None:
+                raise BadInput(f"{name} makes its heads itself and takes no {what}; see `attlas show {name}`")
         _check_settings(cls, settings, frozenset())
         site = Site(dim, heads, heads, 0, causal, length, grid, layer, layers)
         return cls(site, backend, **settings)

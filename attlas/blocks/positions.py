@@ -5,13 +5,12 @@ B batch, H heads, N queries, M keys, C channels, D head size. Queries are the la
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
+from attlas.ops.rotary import rotate
 from attlas.ops.slopes import alibi_slopes
 
 
@@ -47,13 +46,29 @@ class Rotary(Position):
         self.head_dim, self.base = head_dim, base
 
     def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
-        """Turn the pairs. Angles are float64: half precision cannot tell position 90,000 from 90,001."""
-        axis: dict[str, Any] = {"device": x_BHND.device, "dtype": torch.float64}
-        frequency = self.base ** (-torch.arange(0, self.head_dim, 2, **axis) / self.head_dim)
-        angle = torch.outer(torch.arange(start, start + x_BHND.shape[2], **axis), frequency)
-        cos, sin = angle.cos().to(x_BHND.dtype), angle.sin().to(x_BHND.dtype)
-        first, second = x_BHND.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        """Turn the pairs."""
+        return rotate(x_BHND, start, base=self.base)
+
+
+class PartRotary(Position):
+    """Rotary embedding of parts of the head, each as if it were a head of its own.
+
+    Args:
+        *sizes: of the parts, even, in order; they make up the head size.
+        base: of the wavelengths.
+    """
+
+    def __init__(self, *sizes: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.rotaries = [Rotary(size, base) for size in sizes]
+
+    def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
+        """Turn each part."""
+        if sum(self.sizes) != x_BHND.shape[-1]:
+            raise BadInput(f"parts of {self.sizes} features do not make a head size of {x_BHND.shape[-1]}")
+        parts = zip(self.rotaries, x_BHND.split(self.sizes, -1), strict=True)
+        return torch.cat([rotary.rotate(part, start) for rotary, part in parts], -1)
 
 
 class ALiBi(Position):

@@ -64,6 +64,7 @@ class Spec:
         patterns: what `Pattern`s it serves.
         grids: ranks of grids (1, 2, 3) it serves.
         prefix: whether tokens without a position may stand in front.
+        class_token: whether a class token has to stand in front of the grid.
         masks: what of a mask it honours beside causality.
         streams: whether `extend` carries a state through a causal sequence.
         grouped: whether it reads shared key/value heads itself; else the shell repeats them.
@@ -83,6 +84,7 @@ class Spec:
     examples: tuple[Example, ...]
     grids: tuple[int, ...] = (1, 2, 3)
     prefix: bool = True
+    class_token: bool = False
     masks: frozenset[Takes] = frozenset({Takes.PADDING})
     streams: bool = False
     grouped: bool = False

@@ -1,7 +1,7 @@
 """The choice of backend, in one place.
 
-The automatic choice is a pure function of the arguments: the first backend, fastest first, that does
-not refuse them. A backend that is named never falls back.
+The automatic choice is a pure function of the arguments: the first backend, fastest first, that neither
+refuses them nor yields to the next. A backend that is named never falls back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class Backend:
         name: `oracle`, `torch`, `cpu`, `triton`, or a third-party peer.
         run: the function.
         refuses: takes the same arguments and returns why it cannot serve them, or None.
+        yields: likewise, why the next backend serves them faster, or None. It runs all the same where it is named.
     """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+    yields: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Op:
                 passed.append((candidate.name, "not asked for"))
                 continue
             reason = candidate.refuses(*args, **kwargs)
+            if reason is None and backend == "auto":
+                reason = candidate.yields(*args, **kwargs)
             if reason is None:
                 return candidate, Choice(self.name, candidate.name, tuple(passed))
             passed.append((candidate.name, reason))

@@ -6,15 +6,17 @@ B batch, H query heads, G key/value heads, N queries, M keys, D head size, E val
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
+from attlas.kernels.cpu import attention
 from attlas.ops.dispatch import Backend, Op
 from attlas.ops.precision import wide
-from attlas.ops.softmax import repeat_heads
+from attlas.ops.softmax import FEW_QUERIES, blank_padding, repeat_heads
 
 TILE = 128
 
@@ -47,6 +49,7 @@ def _oracle(
         (B, H, N, E).
     """
     heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
+    k_BGMD, v_BGME = blank_padding(mask.keys if mask else None, k_BGMD, v_BGME)
     k_BHMD, v_BHME = repeat_heads(k_BGMD, heads), repeat_heads(v_BGME, heads)
     scores = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHMD.transpose(-1, -2)
     mask = mask or Mask()
@@ -73,6 +76,7 @@ def _torch(
     shared = heads // groups  # query heads of a group become rows of one product: no key is copied
     mask = mask or Mask()
     seen = mask.pairs(queries, keys, q_BHND.device)
+    k_BGMD, v_BGME = blank_padding(mask.keys, k_BGMD, v_BGME)
     q_BHND = q_BHND * size**-0.5
     outputs = []
     for start, stop, reach in tiles(queries, keys, mask.causal):
@@ -95,4 +99,43 @@ def _rows(x: Tensor, start: int, stop: int, reach: int) -> Tensor:
     return x[:, :, start:stop, :reach]
 
 
-sigmoid_attention = Op("sigmoid_attention", Backend("torch", _torch), Backend("oracle", _oracle))
+def _cpu(
+    q_BHND: Tensor,
+    k_BGMD: Tensor,
+    v_BGME: Tensor,
+    mask: Mask | None = None,
+    *,
+    shift: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    mask = mask or Mask()
+    scale = q_BHND.shape[-1] ** -0.5
+    return attention.sigmoid_attention(q_BHND, k_BGMD, v_BGME, mask.keys, scale=scale, shift=shift, causal=mask.causal)
+
+
+def _cpu_refuses(
+    q_BHND: Tensor,
+    k_BGMD: Tensor,
+    v_BGME: Tensor,
+    mask: Mask | None = None,
+    *,
+    shift: float = 0.0,
+    dropout: float = 0.0,
+) -> str | None:
+    if dropout:
+        return "it drops no weights"
+    return attention.refuses(q_BHND, k_BGMD, v_BGME, mask)
+
+
+def _cpu_yields(q_BHND: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if q_BHND.shape[2] < FEW_QUERIES:
+        return "its tiles are made of more queries than these"
+    return None
+
+
+sigmoid_attention = Op(
+    "sigmoid_attention",
+    Backend("cpu", _cpu, _cpu_refuses, _cpu_yields),
+    Backend("torch", _torch),
+    Backend("oracle", _oracle),
+)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
+from attlas.kernels.cpu import attention, decode
+from attlas.ops import flash
 from attlas.ops.dispatch import Backend, Op
 
 
@@ -21,6 +23,14 @@ def repeat_heads(x_BGMD: Tensor, heads: int) -> Tensor:
     """Give each of `heads` query heads its own copy of the key/value head that it shares."""
     groups = x_BGMD.shape[1]
     return x_BGMD if groups == heads else x_BGMD.repeat_interleave(heads // groups, 1)
+
+
+def blank_padding(keep_BM: Tensor | None, *arrays: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, M, D) each, with 0 where a token is padding: a weight of 0 would not silence a NaN there."""
+    if keep_BM is None:
+        return arrays
+    padding = ~keep_BM[:, None, :, None].to(arrays[0].device)
+    return tuple(x.masked_fill(padding, 0) for x in arrays)
 
 
 def attention_weights(q_BHND: Tensor, k_BGMD: Tensor, mask: Mask | None = None, scale: float | None = None) -> Tensor:
@@ -57,6 +67,7 @@ def _oracle(
     Returns:
         (B, H, N, E).
     """
+    k_BGMD, v_BGME = blank_padding(mask.keys if mask else None, k_BGMD, v_BGME)
     weights = attention_weights(q_BHND, k_BGMD, mask, scale)
     return F.dropout(weights, dropout) @ repeat_heads(v_BGME, q_BHND.shape[1])
 
@@ -72,6 +83,7 @@ def _torch(
 ) -> Tensor:
     queries, keys = q_BHND.shape[2], k_BGMD.shape[2]
     mask = mask or Mask()
+    k_BGMD, v_BGME = blank_padding(mask.keys, k_BGMD, v_BGME)
     if mask.causal and mask.rule is None and mask.keys is None and mask.bias is None:
         # The aligned triangle has a fast path; a single last query sees everything.
         if queries == keys and queries > 1:
@@ -111,4 +123,67 @@ def _sdpa(
     )
 
 
-softmax_attention = Op("softmax_attention", Backend("torch", _torch), Backend("oracle", _oracle))
+FEW_QUERIES = 8
+"""Up to so many the processor's memory sets the pace, not its arithmetic."""
+
+STARTING = 1 << 21
+"""Multiplications in float32 in the time that it takes to get to the C++ kernel, and eight times those in bfloat16."""
+
+
+def _cpu(
+    q_BHND: Tensor,
+    k_BGMD: Tensor,
+    v_BGME: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    mask = mask or Mask()
+    scale = _scale(q_BHND, scale)
+    if q_BHND.shape[2] <= FEW_QUERIES and decode.refuses(q_BHND, k_BGMD, v_BGME) is None:
+        lengths = q_BHND.new_full((q_BHND.shape[0],), k_BGMD.shape[2], dtype=torch.int64)
+        return decode.softmax_decode(q_BHND, k_BGMD, v_BGME, lengths, mask.keys, scale=scale, causal=mask.causal)[0]
+    return attention.softmax_attention(q_BHND, k_BGMD, v_BGME, mask.keys, scale=scale, causal=mask.causal)[0]
+
+
+def _cpu_refuses(
+    q_BHND: Tensor,
+    k_BGMD: Tensor,
+    v_BGME: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    if dropout:
+        return "it drops no weights"
+    return attention.refuses(q_BHND, k_BGMD, v_BGME, mask)
+
+
+def _cpu_yields(
+    q_BHND: Tensor,
+    k_BGMD: Tensor,
+    v_BGME: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> str | None:
+    batch, heads, queries, size = q_BHND.shape
+    products = batch * heads * queries * k_BGMD.shape[2] * (size + v_BGME.shape[3])
+    if products < (STARTING if q_BHND.dtype == torch.float32 else STARTING // 8):
+        return "for so little work scaled_dot_product_attention starts faster"
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BGMD, v_BGME))
+    if wants_gradient and queries <= FEW_QUERIES and q_BHND.dtype == torch.float32:
+        return "its tiles are made of more queries than there are to train"
+    return None
+
+
+softmax_attention = Op(
+    "softmax_attention",
+    Backend("cpu", _cpu, _cpu_refuses, _cpu_yields),
+    Backend("torch", _torch),
+    Backend("flash", flash.run, flash.refuses),
+    Backend("oracle", _oracle),
+)

@@ -104,11 +104,12 @@ def test_every_mechanism_trains_on_every_task_that_it_serves(name, task, monkeyp
     spec = mechanism(name).spec
     made = TASKS[task](64)
     job = replace(TINY, mechanism=name, task=task, steps=2, batch=2, length=made.length, layers=1, parameters=90_000)
-    if Pattern.of(made.causal, cross=False) in spec.patterns and len(made.grid) in spec.grids:
+    serves = Pattern.of(made.causal, cross=False) in spec.patterns and len(made.grid) in spec.grids
+    if serves and not spec.class_token:
         result = train(job)
         assert math.isfinite(result.value)
         assert abs(result.parameters - job.parameters) <= job.dim + 1
-        assert (result.state_bytes > 0) == (made.causal and spec.streams)
+        assert result.state_bytes == 0 or (made.causal and spec.streams)
     else:
         with pytest.raises(Unsupported, match=f"{name} does not serve"):
             train(job)

@@ -59,6 +59,11 @@ def test_padding_never_matters(case):
 
 
 @over(PADDED)
+def test_nan_in_padding_never_matters(case):
+    checks.check_nan_padding(case)
+
+
+@over(PADDED)
 def test_a_query_that_sees_nothing_gives_zero(case):
     checks.check_sees_nothing(case)
 

@@ -111,9 +111,9 @@ def test_what_cannot_be_done_is_said_before_any_work():
 
 
 def test_an_explicit_backend_never_falls_back():
-    x = torch.randn(1, 6, 8)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
     with pytest.raises(attlas.core.errors.BackendUnavailable, match="torch: not asked for"):
-        attlas.mixer("softmax", 8, 2, backend="cpu")(x)
+        attlas.mixer("softmax", 8, 2, backend="cpu").double()(x)
 
 
 def test_registering_a_name_twice_is_an_error():

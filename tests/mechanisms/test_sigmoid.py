@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import attlas
+from attlas.blocks.layer_scale import LayerScale
 from attlas.core.errors import BadInput
 from attlas.ops.sigmoid import TILE, sigmoid_attention
 
@@ -104,3 +106,78 @@ def test_weights_are_dropped_in_training_alone():
     assert torch.allclose(dropped.mean(), whole.mean(), rtol=0.05)
     with pytest.raises(BadInput, match="weight_dropout"):
         attlas.make_attend("sigmoid", 4, 8, weight_dropout=1.0)
+
+
+def test_alibi_takes_the_place_of_the_shift():
+    layer = attlas.mixer("sigmoid", 32, 4, causal=True, shift=0.0, position=attlas.positions.ALiBi(4)).double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    q, k, v = (getattr(layer, f"{name}_proj")(x).view(2, 9, 4, 8).transpose(1, 2) for name in "qkv")
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)[:, None, None]
+    weights = (q @ k.mT / math.sqrt(8) - slopes * distance.abs()).sigmoid() * (distance >= 0)
+    assert torch.allclose(layer(x), layer.out_proj((weights @ v).transpose(1, 2).flatten(2)), atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_hybrid_norm_keeps_the_output_at_one_size_without_the_shift(norm):
+    x = torch.randn(1, 1024, 32) + 0.5
+
+    def growth(**settings):
+        torch.manual_seed(0)
+        layer = attlas.mixer("sigmoid", 32, 4, shift=0.0, **settings)
+        return float((layer(x).norm(dim=-1).mean() / layer(x[:, :64]).norm(dim=-1).mean()).detach())
+
+    assert growth() > 8
+    assert growth(output_norm=norm) < 1.5
+
+
+def test_values_are_normalised_over_the_head_size():
+    settings = {"length": 9, "context_dim": 24}
+    layer = attlas.mixer("sigmoid", 32, 4, value_norm=True, **settings).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    plain = attlas.mixer("sigmoid", 32, 4, **settings).double()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x, context = torch.randn(2, 5, 32).double(), torch.randn(2, 9, 24).double()
+    v = layer.v_proj(context).view(2, 9, 4, 8)
+    norm = layer.attend.value_norm
+    v = F.layer_norm(v, [8], norm.weight, norm.bias).transpose(1, 2)
+    q = plain.q_norm(plain.q_proj(x).view(2, 5, 4, 8)).transpose(1, 2)
+    k = plain.k_norm(plain.k_proj(context).view(2, 9, 4, 8)).transpose(1, 2)
+    o = plain.attend(q, k, v, cross=True)
+    assert torch.allclose(layer(x, context), layer.out_proj(o.transpose(1, 2).flatten(2)), atol=1e-12)
+    assert not torch.allclose(layer(x, context), plain(x, context), atol=1e-2)
+
+
+def test_decoding_keeps_the_shift_of_the_trained_length():
+    layer = attlas.mixer("sigmoid", 32, 4, causal=True, length=6, value_norm=True).double()
+    x = torch.randn(2, 15, 32, dtype=torch.float64)  # two and a half times as long as it is trained on
+    with torch.no_grad():
+        y, state = layer.extend(x[:, :4], layer.initial_state(2))
+        parts = [y]
+        for t in range(4, 15):
+            y, state = layer.extend(x[:, t : t + 1], state)
+            parts.append(y)
+    assert torch.allclose(torch.cat(parts, 1), layer(x), atol=1e-12)
+    longer = attlas.mixer("sigmoid", 32, 4, causal=True, length=15, value_norm=True).double()
+    longer.load_state_dict(layer.state_dict())  # -log of the length at hand, for extrapolation
+    assert longer.attend.shift == -math.log(15)
+    assert not torch.allclose(longer(x), layer(x), atol=1e-2)
+
+
+def test_a_layer_scale_lets_branches_start_small():
+    branch = nn.Sequential(attlas.mixer("sigmoid", 32, 4, length=7), LayerScale(32))
+    x = torch.randn(2, 7, 32)
+    assert torch.allclose(branch(x), 1e-4 * branch[0](x))
+    branch(x).sum().backward()
+    assert branch[1].weight.grad.abs().min() > 0
+    with pytest.raises(BadInput, match="LayerScale"):
+        LayerScale(0)
+
+
+@pytest.mark.parametrize("shift", [math.inf, math.nan])
+def test_a_shift_that_is_no_number_is_refused(shift):
+    with pytest.raises(BadInput, match="shift is a finite number"):
+        attlas.make_attend("sigmoid", 4, 8, shift=shift)

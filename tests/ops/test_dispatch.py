@@ -4,6 +4,7 @@ import torch
 import attlas
 from attlas.core.errors import BackendUnavailable
 from attlas.ops.dispatch import Backend, Op, record_choices
+from attlas.ops.softmax import softmax_attention
 
 
 def only_float64(x):
@@ -40,6 +41,22 @@ def test_a_named_backend_runs_or_raises():
         DOUBLE(x, backend="fast")
     with pytest.raises(BackendUnavailable, match="'cuda'"):
         DOUBLE(x, backend="cuda")
+
+
+def test_a_backend_that_yields_runs_where_it_is_named():
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    backend, choice = softmax_attention.choose("auto", q, k, v)
+    assert backend.name == "torch"
+    assert choice.passed_over[0][0] == "cpu"
+    assert "so little work" in choice.passed_over[0][1]
+    expected = softmax_attention(q, k, v, backend="torch")
+    assert torch.allclose(softmax_attention(q, k, v, backend="cpu"), expected, atol=1e-6)
+    q, k, v = torch.randn(3, 1, 8, 128, 64)
+    assert softmax_attention.choose("auto", q, k, v)[0].name == "cpu"
+    q, k, v = torch.randn(1, 8, 1, 64, requires_grad=True), torch.randn(1, 8, 5000, 64), torch.randn(1, 8, 5000, 64)
+    assert softmax_attention.choose("auto", q, k, v)[0].name == "torch"
+    with torch.no_grad():
+        assert softmax_attention.choose("auto", q, k, v)[0].name == "cpu"
 
 
 def test_recordings_nest():

@@ -34,7 +34,7 @@ def visible_pairs(
 
     Args:
         name: of the mechanism, with a variant behind a colon where it has any.
-        causal: which self-attention pattern.
+        causal: which self-attention pattern; of a mechanism that has none, which cross pattern.
         grid: the shape of the positions.
         params: settings of the mechanism; by default those of its declared example with this rank.
         draws: how many random layers and inputs.
@@ -42,8 +42,10 @@ def visible_pairs(
     Raises:
         UnknownName, BadInput, Unsupported: the mechanism cannot be built or run this way.
     """
-    place = Grid(tuple(grid))
-    example = _example(resolve(name)[0].spec.examples, Pattern.of(causal, cross=False), place.rank)
+    spec = resolve(name)[0].spec
+    place = Grid(tuple(grid), prefix=int(spec.class_token))
+    cross = Pattern.of(causal, cross=False) not in spec.patterns
+    example = _example(spec.examples, Pattern.of(causal, cross), place.rank)
     settings = dict(example.params if params is None else params)
     share_NN = torch.zeros(place.tokens, place.tokens, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -61,15 +63,15 @@ def visible_pairs(
             )
             for parameter in layer.parameters():  # zero-initialised ones would hide what they lead to
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
-            share_NN += _depends(layer.double().eval(), place, example.dim)
+            share_NN += _depends(layer.double().eval(), place, example.dim, cross)
     return share_NN / draws
 
 
-def _depends(layer: torch.nn.Module, grid: Grid, dim: int) -> Tensor:
+def _depends(layer: torch.nn.Module, grid: Grid, dim: int, cross: bool) -> Tensor:
     """(N, N), whether output n depends on token m: N copies of a sequence, copy n asked for output n."""
     tokens = grid.tokens
     x_NNC = torch.randn(1, tokens, dim, dtype=torch.float64).repeat(tokens, 1, 1).requires_grad_()
-    y_NNC = layer(x_NNC, grid=grid)
+    y_NNC = layer(torch.randn_like(x_NNC[:1]).expand_as(x_NNC), x_NNC, grid=grid) if cross else layer(x_NNC, grid=grid)
     own_NC = y_NNC.diagonal(dim1=0, dim2=1).transpose(0, 1)
     (grad_NNC,) = torch.autograd.grad((own_NC * torch.randn_like(own_NC)).sum(), x_NNC)
     size_NN = grad_NNC.abs().amax(-1)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
 from attlas.kernels.cpu import build
+from attlas.kernels.cpu.arrays import dense_rows, places
 
 
 def decayed_linear_attention(
@@ -88,10 +89,7 @@ def _call(
     """Call a function of the library with its arrays in their order. Only inputs can need a copy."""
     slopes = slopes.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    rows = [x if x is None or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v, *others)]
-    places: list[int] = []  # of each array its address and three strides, as in `attlas_array`
-    for x in rows:
-        places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    rows = [None if x is None else dense_rows(x) for x in (q, k, v, *others)]
     problem = _Problem(
         *q.shape,
         v.shape[3],
@@ -100,7 +98,7 @@ def _call(
         q.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    if function(problem, (ctypes.c_int64 * len(places))(*places)):
+    if function(problem, places(*rows)):
         raise MemoryError("the decay kernel found no memory for its workspace")
 
 

@@ -15,6 +15,7 @@
 #endif
 
 #define ATTLAS_INLINE static inline __attribute__((always_inline))
+#define ATTLAS_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace attlas {
 
@@ -28,6 +29,7 @@ constexpr int LANES = 4;
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vec_u32 __attribute__((vector_size(LANES * 4)));
+typedef int32_t vec_i32 __attribute__((vector_size(LANES * 4)));  // what comparisons give
 typedef uint16_t vec_u16 __attribute__((vector_size(LANES * 2)));
 
 struct bf16 {
@@ -35,6 +37,8 @@ struct bf16 {
 };
 
 ATTLAS_INLINE float to_float(float x) { return x; }
+
+ATTLAS_INLINE float to_float(int8_t x) { return x; }
 
 ATTLAS_INLINE float to_float(bf16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
@@ -53,6 +57,16 @@ ATTLAS_INLINE vec load(const bf16* p) {
     vec_u16 bits;
     std::memcpy(&bits, p, sizeof bits);
     return (vec)(__builtin_convertvector(bits, vec_u32) << 16);
+}
+
+ATTLAS_INLINE vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    vec x;
+    for (int i = 0; i < LANES; ++i) x[i] = p[i];
+    return x;
+#endif
 }
 
 ATTLAS_INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
@@ -86,6 +100,53 @@ ATTLAS_INLINE void store(bf16* p, vec x) {
     bits = (bits & ~nan) | (nan & 0x7fc00000);
     const vec_u16 top = __builtin_convertvector(bits >> 16, vec_u16);
     std::memcpy(p, &top, sizeof top);
+}
+
+ATTLAS_INLINE vec spread(float x) { return vec{} + x; }
+
+ATTLAS_INLINE vec max(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+ATTLAS_INLINE bool any(vec_i32 mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX__)
+    return _mm256_movemask_ps((__m256)mask);
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; ++i) all |= mask[i];
+    return all;
+#endif
+}
+
+ATTLAS_INLINE float largest_lane(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float largest = x[0];
+    for (int i = 1; i < LANES; ++i) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+#endif
+}
+
+// 2^x to 3e-7; 0 below the normal numbers. x is at most 127, or NaN, which stays NaN.
+ATTLAS_INLINE vec exp2(vec x) {
+    const vec magic = spread(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
+    const vec whole = x + magic;
+    const vec f = x - (whole - magic);
+    vec y = spread(1.3333558e-3f);
+    y = y * f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+    y = y * f + 1.0f;
+    y = (vec)((vec_u32)y + ((vec_u32)whole << 23));
+    return x < -126.0f ? vec{} : y;
 }
 
 // As load, but only the first n elements exist; the other lanes are 0.
@@ -131,6 +192,17 @@ ATTLAS_INLINE void transpose(vec (&rows)[LANES]) {
     for (int i = 0; i < LANES; ++i)
         if (!(i & HALF)) exchange<HALF>(rows[i], rows[i + HALF], std::make_index_sequence<LANES>());
     if constexpr (HALF > 1) transpose<HALF / 2>(rows);
+}
+
+// Lane i of the result is the sum over the lanes of rows[i].
+template <int HALF = LANES / 2>
+ATTLAS_INLINE vec sum_rows(vec (&rows)[LANES]) {
+    for (int i = 0; i < HALF; ++i) {
+        exchange<HALF>(rows[i], rows[i + HALF], std::make_index_sequence<LANES>());
+        rows[i] += rows[i + HALF];
+    }
+    if constexpr (HALF > 1) return sum_rows<HALF / 2>(rows);
+    return rows[0];
 }
 
 // Asks for huge pages under a large fresh buffer: touching it one small page at a time can cost as much as the

@@ -77,8 +77,11 @@ class CrissCross(Mixer):
         x_BSC = call.grid.unflatten(x)
         seen_BSL = self._seen(call.grid, call.mask.keys, x.device)
         axes = range(1, 1 + call.grid.rank)
+        if call.mask.keys is not None:
+            real_BS1 = call.mask.keys[:, call.grid.prefix :].unflatten(1, call.grid.shape).unsqueeze(-1)
         for _ in range(self.recurrence):
-            q, k, v = self.q_proj(x_BSC), self.k_proj(x_BSC), self.v_proj(x_BSC)
+            source_BSC = x_BSC if call.mask.keys is None else x_BSC.masked_fill(~real_BS1, 0)  # NaN in padding
+            q, k, v = self.q_proj(x_BSC), self.k_proj(source_BSC), self.v_proj(source_BSC)
             lines = [q.movedim(axis, -2) @ k.movedim(axis, -2).transpose(-1, -2) for axis in axes]
             scores_BSL = torch.cat([line.movedim(-2, axis) for axis, line in zip(axes, lines, strict=True)], -1)
             lowest = torch.finfo(scores_BSL.dtype).min

@@ -40,6 +40,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import Axis, neighborhood_attention
+from attlas.ops.softmax import blank_padding
 
 NONCAUSAL = frozenset({Pattern.NONCAUSAL_SELF})
 SHELL_PARAMETERS = 4 * (16 * 16 + 16)
@@ -170,6 +171,7 @@ class Neighborhood(Attend):
     oracle = compute  # the op's own oracle backend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        k, v = blank_padding(keep, k, v)
         return neighborhood_attention(
             q,
             k,

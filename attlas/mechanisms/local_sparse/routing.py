@@ -50,7 +50,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.softmax import softmax_attention
+from attlas.ops.softmax import blank_padding, softmax_attention
 
 OFFSET = 0.01  # of the number of clusters that an output is divided by
 SMOOTHING = 1e-5  # of the averaged counts, so that an empty cluster divides by something
@@ -175,6 +175,7 @@ class Routing(Attend):
         queries, keys = q.shape[2], k.shape[2]
         if queries != keys and not call.cross and not self.site.causal:
             raise BadInput(f"queries compete for their clusters, so all {keys} of them have to be there, got {queries}")
+        (q,), (k, v) = blank_padding(call.mask.queries, q), blank_padding(call.mask.keys, k, v)
         q, k = self._normalise(q), self._normalise(k)
         members = [(q, call.mask.queries), (k, call.mask.keys)]
         if self.site.causal:
@@ -354,6 +355,7 @@ class Routing(Attend):
         self, q: Tensor, k: Tensor, v: Tensor, state: RoutingState, keep: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor, RoutingState]:
         """Route the segment's tokens into clusters that hold the best so far."""
+        q, k, v = blank_padding(keep, q, k, v)
         q, k = self._normalise(q), self._normalise(k)
         score = self._score(k)
         if keep is not None:

@@ -1,0 +1,667 @@
+// Softmax and sigmoid attention over all visible pairs, forward and backward, in tiles.
+//
+//     s_nm = scale q_n . k_m + shift      w_nm = exp(s_nm - lse_n)  or  sigmoid(s_nm)      o_n = sum_m w_nm v_m
+//
+// The lanes of a register are queries, so that sums and maxima over keys need no shuffles. Everything is one product,
+//
+//     C[i][:] (+)= sum_k A[i][k] B[k][:]
+//
+// with scalars A that are spread over the lanes and rows B of a block of queries or of features:
+//
+//     S^T  [key][query]       A = K                    B = Q^T
+//     O^T  [feature][query]   A = V^T                  B = W^T
+//     dW^T [key][query]       A = V                    B = dO^T
+//     dV   [key][feature]     A = W^T                  B = dO
+//     dK   [key][feature]     A = dS^T                 B = Q
+//     dQ^T [feature][query]   A = K^T                  B = dS^T
+//
+// A unit is what one multiply-add takes of the summed axis: a float, or where the processor has the instruction a pair
+// of bfloat16. Operands are packed into units once per block; sums are float32.
+//
+// Keys that are padding are left out of the list of keys, so that they cost nothing and nothing of them is read.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include <omp.h>
+
+#include "simd.h"
+
+namespace {
+
+using namespace attlas;
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 6, VECS = 4;  // of a register tile: 24 sums, 4 vectors and a scalar in 32 registers
+#else
+constexpr int ROWS = 6, VECS = 2;
+#endif
+constexpr int QUERIES = 64;  // of a block
+constexpr int KEYS = 96;     // of a block
+constexpr int PAD = 48;      // scratch rows have multiples of this many elements
+static_assert(QUERIES % LANES == 0 && KEYS % ROWS == 0 && PAD % LANES == 0 && PAD % ROWS == 0);
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr int64_t WORTH_THREADS = 1 << 19;  // multiply-adds that take longer than waking the other threads
+
+int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
+
+struct pair {
+    uint32_t bits;  // two bfloat16, the first in the lower half
+};
+
+ATTLAS_INLINE vec multiply_add(vec sum, float a, vec b) { return sum + a * b; }
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+template <class In>
+using unit_of = std::conditional_t<std::is_same_v<In, bf16>, pair, float>;
+
+ATTLAS_INLINE vec multiply_add(vec sum, pair a, vec b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)), (__m512bh)b);
+}
+#else
+template <class In>
+using unit_of = float;
+
+ATTLAS_INLINE vec multiply_add(vec sum, pair, vec) { return sum; }  // never made
+#endif
+
+template <class Unit>
+constexpr int STEP = std::is_same_v<Unit, pair> ? 2 : 1;
+
+template <class Unit>
+int64_t units(int64_t n) {
+    return (n + STEP<Unit> - 1) / STEP<Unit>;
+}
+
+// A matrix of scratch; what it holds is said where it is filled.
+template <class T>
+struct Matrix {
+    T* data;
+    int64_t stride;
+    T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <class Unit, int NV>
+ATTLAS_INLINE void tile(float* c, int64_t c_stride, const Unit* a, int64_t a_row, int64_t a_step, const float* b,
+                        int64_t b_stride, int n, bool add) {
+    vec sum[ROWS][NV];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < NV; ++j) sum[i][j] = add ? load(c + i * c_stride + j * LANES) : vec{};
+    for (int k = 0; k < n; ++k) {
+        vec row[NV];
+        for (int j = 0; j < NV; ++j) row[j] = load(b + k * b_stride + j * LANES);
+        for (int i = 0; i < ROWS; ++i) {
+            const Unit scalar = a[i * a_row + k * a_step];
+            for (int j = 0; j < NV; ++j) sum[i][j] = multiply_add(sum[i][j], scalar, row[j]);
+        }
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < NV; ++j) store(c + i * c_stride + j * LANES, sum[i][j]);
+}
+
+// c[i][:] (+)= sum_k a[i * a_row + k * a_step] b[k][:] for i < rows, k < n and `columns` columns, a multiple of LANES.
+// Rows are made in whole register tiles: c and a have room for them.
+template <class Unit>
+void multiply(Matrix<float> c, int64_t rows, int64_t columns, const Unit* a, int64_t a_row, int64_t a_step,
+              Matrix<Unit> b, int n, bool add) {
+    for (int64_t i = 0; i < rows; i += ROWS) {
+        int64_t j = 0;
+        const auto part = [&](auto vectors) {
+            constexpr int NV = decltype(vectors)::value;
+            for (; j + NV * LANES <= columns; j += NV * LANES)
+                tile<Unit, NV>(c[i] + j, c.stride, a + i * a_row, a_row, a_step, (const float*)b.data + j, b.stride, n,
+                               add);
+        };
+        part(std::integral_constant<int, VECS>());
+        part(std::integral_constant<int, 1>());
+    }
+}
+
+// Rows of tokens in a caller's array.
+template <class In>
+struct Rows {
+    In* first;
+    int64_t stride;
+    In* operator[](int64_t t) const { return first + t * stride; }
+};
+
+// The keys that take part, in order: all, or those of a list.
+struct Keys {
+    const int32_t* list;
+    int64_t count;
+    int64_t operator[](int64_t i) const { return list ? list[i] : i; }
+};
+
+// Units of features: out[r] = row r.
+template <class In, class Unit>
+ATTLAS_INLINE void pack_row(const In* row, int width, Unit* out) {
+    if constexpr (std::is_same_v<In, bf16> && std::is_same_v<Unit, float>) {
+        int f = 0;
+        for (; f + LANES <= width; f += LANES) store(out + f, load(row + f));
+        for (; f < width; ++f) out[f] = to_float(row[f]);
+    } else {
+        if (width % STEP<Unit>) out[width / STEP<Unit>] = Unit{};
+        std::memcpy(out, row, width * sizeof(In));
+    }
+}
+
+// Units of two rows: out[f] holds feature f of both. The second may be missing.
+template <class In, class Unit>
+ATTLAS_INLINE void pack_rows(const In* row, const In* next, int width, Unit* out) {
+    if constexpr (std::is_same_v<Unit, float>) {
+        pack_row(row, width, out);
+    } else {
+        for (int f = 0; f < width; f += LANES) {
+            const vec_u32 low = (vec_u32)load_first(row + f, width - f) >> 16;
+            const vec_u32 high = next ? (vec_u32)load_first(next + f, width - f) : vec_u32{};
+            store_first((float*)out + f, (vec)(low | high), width - f);
+        }
+    }
+}
+
+// out[u][r] = in[r][u], r < n and u < width; columns up to a multiple of LANES are 0.
+void turn(Matrix<const float> in, int n, int width, Matrix<float> out) {
+    for (int r = 0; r < n; r += LANES)
+        for (int u = 0; u < width; u += LANES) {
+            vec block[LANES];
+            for (int i = 0; i < LANES; ++i) block[i] = r + i < n ? load_first(in[r + i] + u, width - u) : vec{};
+            transpose(block);
+            for (int i = 0; i < std::min(LANES, width - u); ++i) store(out[u + i] + r, block[i]);
+        }
+}
+
+// As turn, into rows of a caller's array and in its type, times `scale`.
+template <class Out>
+void turn_out(Matrix<float> in, int n, int width, float scale, Rows<Out> out) {
+    for (int r = 0; r < n; r += LANES)
+        for (int u = 0; u < width; u += LANES) {
+            vec block[LANES];
+            for (int i = 0; i < LANES; ++i) block[i] = u + i < width ? load(in[u + i] + r) * scale : vec{};
+            transpose(block);
+            for (int i = 0; i < std::min(LANES, n - r); ++i) store_first(out[r + i] + u, block[i], width - u);
+        }
+}
+
+// Weights of keys j and j + 1 as units, rounded to the nearest bfloat16 where a unit is a pair.
+ATTLAS_INLINE void store_units(float* out, vec first, vec) { store(out, first); }
+
+ATTLAS_INLINE void store_units(pair* out, vec first, vec second) {
+    const vec_u32 low = ((vec_u32)first + 0x8000) >> 16;
+    const vec_u32 high = ((vec_u32)second + 0x8000) & 0xffff0000;
+    store((float*)out, (vec)(low | high));
+}
+
+// Weights of one key as units of neighbouring queries.
+ATTLAS_INLINE void store_row(float* out, vec x) { store(out, x); }
+
+ATTLAS_INLINE void store_row(pair* out, vec x) {
+    const vec_u16 top = __builtin_convertvector(((vec_u32)x + 0x8000) >> 16, vec_u16);
+    std::memcpy(out, &top, sizeof top);
+}
+
+template <class In>
+bool finite(const In* row, int width) {
+    bool all = true;
+    for (int f = 0; f < width; ++f) all &= std::isfinite(to_float(row[f]));
+    return all;
+}
+
+// Neighbouring queries of one head.
+struct Block {
+    int64_t first;
+    int n, columns;  // how many, and that rounded up to whole vectors
+    int64_t limit;   // the last key that the first query sees; each further query sees one more
+
+    bool all_see(int64_t key) const { return key <= limit; }
+    bool none_sees(int64_t key) const { return key > limit + n - 1; }
+    // The first query that sees a key.
+    int seen_from(int64_t key) const { return int(std::clamp<int64_t>(key - limit, 0, columns)); }
+};
+
+// Neighbouring keys of those that take part.
+struct Chunk {
+    Keys keys;
+    int64_t first;
+    int n;
+    int64_t operator[](int j) const { return keys[first + j]; }
+};
+
+// Sets what hidden pairs hold. Keys are in order, so that they are among the last ones.
+void hide(Matrix<float> x, const Chunk& chunk, const Block& block, float value) {
+    for (int j = chunk.n - 1; j >= 0 && !block.all_see(chunk[j]); --j)
+        std::fill(x[j], x[j] + block.seen_from(chunk[j]), value);
+}
+
+template <class In, class Unit>
+void pack_chunk(Rows<const In> rows, const Chunk& chunk, int width, Matrix<Unit> out) {
+    for (int j = 0; j < chunk.n; ++j) pack_row(rows[chunk[j]], width, out[j]);
+}
+
+// Units of neighbouring keys, with zeros for rows that use(j) excludes.
+template <class In, class Unit, class F>
+void pack_chunk_pairs(Rows<const In> rows, const Chunk& chunk, int width, const In* zeros, Matrix<Unit> out, F use) {
+    const auto row = [&](int j) { return j < chunk.n && use(j) ? rows[chunk[j]] : zeros; };
+    for (int j = 0; j < chunk.n; j += STEP<Unit>) pack_rows(row(j), row(j + 1), width, out[j / STEP<Unit>]);
+}
+
+struct Problem {
+    int64_t batch, heads, groups, queries, keys, key_size, value_size;
+    const int32_t* kept;        // (batch, keys), the keys that are no padding, in order; null if all are
+    const int64_t* kept_count;  // (batch)
+    float scale, shift;
+    int32_t causal, normalised, is_bf16, threads;
+
+    Keys keys_of(int64_t b) const { return kept ? Keys{kept + b * keys, kept_count[b]} : Keys{nullptr, keys}; }
+    int64_t blocks() const { return (queries + QUERIES - 1) / QUERIES; }
+    Block block(int64_t index) const {
+        const int64_t first = index * QUERIES;
+        const int n = int(std::min<int64_t>(QUERIES, queries - first));
+        return {first, n, (n + LANES - 1) / LANES * LANES, causal ? first + keys - queries : keys};
+    }
+    bool parallel() const { return batch * heads * queries * keys * (key_size + value_size) >= WORTH_THREADS; }
+};
+
+// An array of the caller: address and strides of batch, head and token.
+struct Array {
+    int64_t address, batch, head, token;
+
+    template <class T>
+    Rows<T> rows(int64_t b, int64_t h) const {
+        return {reinterpret_cast<T*>(address) + b * batch + h * head, token};
+    }
+};
+
+// Hands out scratch, or counts it.
+struct Arena {
+    char* memory;
+    int64_t used = 0;
+
+    template <class T>
+    void place(Matrix<T>& matrix, int64_t rows, int64_t stride) {
+        matrix = {memory ? reinterpret_cast<T*>(memory + used) : nullptr, stride};
+        used += (rows * stride * int64_t(sizeof(T)) + 63) / 64 * 64;
+    }
+};
+
+// Calls task(i, scratch of the thread) for i < count. False if there is no memory for the scratch.
+template <class Scratch, class F>
+bool for_all(const Problem& p, int64_t count, F task) {
+    const int threads = p.parallel() ? p.threads : 1;
+    Arena counting{nullptr};
+    Scratch().place(counting, p);
+    const int64_t bytes = counting.used;
+    const std::unique_ptr<char, void (*)(void*)> memory(
+        static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, threads * bytes))), std::free);
+    if (!memory) return false;
+    advise_huge_pages(memory.get(), threads * bytes);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arena arena{memory.get() + omp_get_thread_num() * bytes};
+        std::memset(arena.memory, 0, bytes);
+        Scratch scratch;
+        scratch.place(arena, p);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; ++i) task(i, scratch);
+    }
+    return true;
+}
+
+// Units of a block's rows, transposed: lanes are queries. `rows` is scratch.
+template <class In, class Unit>
+void pack_lanes(Rows<const In> in, const Block& block, int width, Matrix<Unit> rows, Matrix<Unit> out) {
+    for (int r = 0; r < block.n; ++r) pack_row(in[block.first + r], width, rows[r]);
+    turn({(const float*)rows.data, rows.stride}, block.n, int(units<Unit>(width)), {(float*)out.data, out.stride});
+}
+
+template <class Unit>
+struct ForwardScratch {
+    Matrix<Unit> rows, queries, keys, values, weights;
+    Matrix<float> scores, sum, largest, total;
+    Matrix<bf16> zeros;
+
+    void place(Arena& arena, const Problem& p) {
+        const int64_t d = padded(p.key_size), e = padded(p.value_size);
+        arena.place(rows, QUERIES, d);
+        arena.place(queries, d, QUERIES);
+        arena.place(keys, KEYS, d);
+        arena.place(values, KEYS, e);
+        arena.place(weights, KEYS, QUERIES);
+        arena.place(scores, KEYS + 1, QUERIES);
+        arena.place(sum, e, QUERIES);
+        arena.place(largest, 1, QUERIES);
+        arena.place(total, 1, QUERIES);
+        arena.place(zeros, 2, e);
+    }
+};
+
+// Turns scores into weights exp(s - largest score so far), which rescales the sums, and adds up their total.
+template <class Unit>
+void soften(const ForwardScratch<Unit>& w, int n, const Block& block, int value_size, float scale) {
+    for (int c = 0; c < block.columns; c += LANES) {
+        const vec before = load(w.largest[0] + c);
+        vec largest = before;
+        for (int j = 0; j < n; ++j) largest = max(largest, load(w.scores[j] + c) * scale);
+        const vec subtract = largest == -INFINITY ? vec{} : largest;  // of a query that has seen nothing yet
+        vec total = load(w.total[0] + c);
+        if (any(largest != before)) {
+            const vec rescale = exp2(before - subtract);
+            total *= rescale;
+            for (int f = 0; f < value_size; ++f) store(w.sum[f] + c, load(w.sum[f] + c) * rescale);
+            store(w.largest[0] + c, largest);
+        }
+        for (int j = 0; j < n; j += STEP<Unit>) {
+            vec weight[2];
+            for (int i = 0; i < STEP<Unit>; ++i) {
+                weight[i] = exp2(load(w.scores[j + i] + c) * scale - subtract);
+                store(w.scores[j + i] + c, weight[i]);
+                total += weight[i];
+            }
+            store_units(w.weights[j / STEP<Unit>] + c, weight[0], weight[1]);
+        }
+        store(w.total[0] + c, total);
+    }
+}
+
+ATTLAS_INLINE vec sigmoid(vec score, float scale, float shift) {
+    vec x = score * scale + shift;
+    const vec e = exp2(x < 126.0f ? x : spread(126.0f));
+    return e / (e + 1.0f);
+}
+
+template <class Unit>
+void gate(const ForwardScratch<Unit>& w, int n, const Block& block, float scale, float shift) {
+    for (int j = 0; j < n; j += STEP<Unit>)
+        for (int c = 0; c < block.columns; c += LANES) {
+            vec weight[2];
+            for (int i = 0; i < STEP<Unit>; ++i) {
+                weight[i] = sigmoid(load(w.scores[j + i] + c), scale, shift);
+                store(w.scores[j + i] + c, weight[i]);
+            }
+            store_units(w.weights[j / STEP<Unit>] + c, weight[0], weight[1]);
+        }
+}
+
+template <class In>
+bool forward(const Problem& p, const Array* arrays) {
+    using Unit = unit_of<In>;
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4];
+    const int D = p.key_size, E = p.value_size;
+    const float scale = p.scale * LOG2_E, shift = p.shift * LOG2_E;
+    const int64_t shared = p.heads / p.groups, blocks = p.blocks();
+    advise_huge_pages(reinterpret_cast<void*>(o.address), p.batch * p.heads * p.queries * E * sizeof(In));
+
+    return for_all<ForwardScratch<Unit>>(p, blocks * p.batch * p.heads, [&](int64_t i, ForwardScratch<Unit>& w) {
+        // The last block of a causal head sees most: it comes first.
+        const int64_t b = i / blocks / p.heads, h = i / blocks % p.heads;
+        const Block block = p.block(blocks - 1 - i % blocks);
+        const auto k_rows = k.rows<const In>(b, h / shared), v_rows = v.rows<const In>(b, h / shared);
+        const Keys keys = p.keys_of(b);
+        pack_lanes(q.rows<const In>(b, h), block, D, w.rows, w.queries);
+        std::fill_n(w.largest[0], QUERIES, -INFINITY);
+        std::fill_n(w.total[0], QUERIES, 0.0f);
+        std::fill_n(w.sum[0], padded(E) * QUERIES, 0.0f);
+
+        for (int64_t first = 0; first < keys.count && !block.none_sees(keys[first]); first += KEYS) {
+            Chunk chunk{keys, first, int(std::min<int64_t>(KEYS, keys.count - first))};
+            while (block.none_sees(chunk[chunk.n - 1])) --chunk.n;
+            pack_chunk(k_rows, chunk, D, w.keys);
+            multiply(w.scores, chunk.n, block.columns, w.keys.data, w.keys.stride, 1, w.queries, int(units<Unit>(D)),
+                     false);
+            hide(w.scores, chunk, block, -INFINITY);
+            const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
+            if (n > chunk.n) std::fill_n(w.scores[chunk.n], block.columns, -INFINITY);
+            if (p.normalised) soften(w, n, block, E, scale);
+            else gate(w, n, block, scale, shift);
+
+            // What is not finite must reach the queries that see it and no other: 0 * inf would take it to all. Such
+            // rows are multiplied as zeros and added pair by pair.
+            const auto plain = [&](int j) { return block.all_see(chunk[j]) || finite(v_rows[chunk[j]], E); };
+            pack_chunk_pairs(v_rows, chunk, E, (const In*)w.zeros.data, w.values, plain);
+            multiply(w.sum, E, block.columns, w.values.data, 1, w.values.stride, w.weights, n / STEP<Unit>, true);
+            for (int j = chunk.n - 1; j >= 0 && !block.all_see(chunk[j]); --j)
+                if (!plain(j))
+                    for (int f = 0; f < E; ++f)
+                        for (int query = block.seen_from(chunk[j]); query < block.n; ++query)
+                            w.sum[f][query] += w.scores[j][query] * to_float(v_rows[chunk[j]][f]);
+        }
+
+        if (p.normalised)
+            for (int c = 0; c < block.columns; c += LANES) {
+                const vec total = load(w.total[0] + c);
+                const vec inverse = total == 0.0f ? vec{} : 1.0f / total;
+                for (int f = 0; f < E; ++f) store(w.sum[f] + c, load(w.sum[f] + c) * inverse);
+            }
+        turn_out(w.sum, block.n, E, 1.0f, Rows<In>{o.rows<In>(b, h)[block.first], o.token});
+        if (p.normalised)
+            for (int query = 0; query < block.n; ++query)
+                *lse.rows<float>(b, h)[block.first + query] =
+                    w.largest[0][query] * LN_2 + std::log(w.total[0][query]);
+    });
+}
+
+template <class Unit>
+struct BackwardScratch {
+    // Of all blocks of a head:
+    Matrix<Unit> q_lanes, q_pairs, grad_lanes, grad_pairs;
+    Matrix<float> dq, lse, delta;
+    // Of a chunk of keys, and a block of queries:
+    Matrix<Unit> rows, keys, key_pairs, values, weight_rows, dscore_rows, dscores;
+    Matrix<float> scores, dweights;
+    // Of all keys of a unit of work:
+    Matrix<float> dk, dv;
+    Matrix<bf16> zeros;
+
+    void place(Arena& arena, const Problem& p) {
+        const int64_t d = padded(p.key_size), e = padded(p.value_size), blocks = p.blocks();
+        const int64_t keys_padded = (p.keys + KEYS - 1) / KEYS * KEYS;
+        arena.place(q_lanes, blocks * units<Unit>(d), QUERIES);
+        arena.place(q_pairs, blocks * units<Unit>(QUERIES), d);
+        arena.place(grad_lanes, blocks * units<Unit>(e), QUERIES);
+        arena.place(grad_pairs, blocks * units<Unit>(QUERIES), e);
+        arena.place(dq, blocks * d, QUERIES);
+        arena.place(lse, blocks, QUERIES);
+        arena.place(delta, blocks, QUERIES);
+        arena.place(rows, QUERIES, std::max(d, e));
+        arena.place(keys, KEYS, d);
+        arena.place(key_pairs, KEYS, d);
+        arena.place(values, KEYS, e);
+        arena.place(weight_rows, KEYS, QUERIES);
+        arena.place(dscore_rows, KEYS, QUERIES);
+        arena.place(dscores, KEYS, QUERIES);
+        arena.place(scores, KEYS + 1, QUERIES);
+        arena.place(dweights, KEYS + 1, QUERIES);
+        arena.place(dk, keys_padded, d);
+        arena.place(dv, keys_padded, e);
+        arena.place(zeros, 2, std::max(d, e));
+    }
+};
+
+template <class T>
+Matrix<T> part(Matrix<T> whole, int64_t index, int64_t rows) {
+    return {whole[index * rows], whole.stride};
+}
+
+// Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys.
+template <class Unit>
+void differentiate(const BackwardScratch<Unit>& w, const Problem& p, int n, const Block& block, int64_t index) {
+    const float scale = p.scale * LOG2_E, shift = p.shift * LOG2_E;
+    for (int j = 0; j < n; j += STEP<Unit>)
+        for (int c = 0; c < block.columns; c += LANES) {
+            vec dscore[2];
+            for (int i = 0; i < STEP<Unit>; ++i) {
+                const vec score = load(w.scores[j + i] + c), dweight = load(w.dweights[j + i] + c);
+                vec weight;
+                if (p.normalised) {
+                    weight = exp2(score * scale - load(w.lse[index] + c));
+                    dscore[i] = weight * (dweight - load(w.delta[index] + c));
+                } else {
+                    weight = sigmoid(score, scale, shift);
+                    dscore[i] = weight * (1.0f - weight) * dweight;
+                }
+                store_row(w.weight_rows[j + i] + c / STEP<Unit>, weight);
+                store_row(w.dscore_rows[j + i] + c / STEP<Unit>, dscore[i]);
+            }
+            store_units(w.dscores[j / STEP<Unit>] + c, dscore[0], dscore[1]);
+        }
+}
+
+// arrays: q, k, v, o, lse, do; results dq, dk, dv. A unit of work is a share of the keys under one key/value head: it
+// owns the gradients of these keys, and makes a part of dq, which is added up afterwards where there are several.
+template <class In>
+bool backward(const Problem& p, const Array* arrays) {
+    using Unit = unit_of<In>;
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4], &grad = arrays[5];
+    const Array &dq = arrays[6], &dk = arrays[7], &dv = arrays[8];
+    const int D = p.key_size, E = p.value_size;
+    const int64_t shared = p.heads / p.groups, blocks = p.blocks(), owners = p.batch * p.groups;
+    const int64_t chunks = (p.keys + KEYS - 1) / KEYS, d = padded(D), e = padded(E);
+    const int64_t wanted = p.parallel() && owners % p.threads && owners < 4 * p.threads ? 2 * p.threads : 1;
+    const int64_t shares = std::max<int64_t>(1, std::min(chunks, (wanted + owners - 1) / owners));
+    const int64_t dq_size = p.batch * p.heads * p.queries * D;
+    std::unique_ptr<float, void (*)(void*)> parts(nullptr, std::free);
+    if (shares > 1) {
+        parts.reset(static_cast<float*>(std::malloc(shares * dq_size * sizeof(float))));
+        if (!parts) return false;
+        advise_huge_pages(parts.get(), shares * dq_size * sizeof(float));
+    }
+    const auto part_of = [&](int64_t share, int64_t b, int64_t h) {
+        return Rows<float>{parts.get() + share * dq_size + (b * p.heads + h) * p.queries * D, D};
+    };
+
+    const bool done = for_all<BackwardScratch<Unit>>(p, owners * shares, [&](int64_t i, BackwardScratch<Unit>& w) {
+        const int64_t b = i / shares / p.groups, g = i / shares % p.groups, share = i % shares;
+        const auto k_rows = k.rows<const In>(b, g), v_rows = v.rows<const In>(b, g);
+        const Keys keys = p.keys_of(b);
+        const auto zeros = (const In*)w.zeros.data;
+        std::fill_n(w.dk[0], chunks * KEYS * d, 0.0f);
+        std::fill_n(w.dv[0], chunks * KEYS * e, 0.0f);
+
+        for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
+            const auto q_rows = q.rows<const In>(b, h), o_rows = o.rows<const In>(b, h);
+            const auto grad_rows = grad.rows<const In>(b, h);
+            for (int64_t index = 0; index < blocks; ++index) {
+                const Block block = p.block(index);
+                pack_lanes(q_rows, block, D, w.rows, part(w.q_lanes, index, units<Unit>(d)));
+                pack_lanes(grad_rows, block, E, w.rows, part(w.grad_lanes, index, units<Unit>(e)));
+                const auto pack_pairs = [&](Rows<const In> in, int width, Matrix<Unit> out) {
+                    for (int r = 0; r < block.n; r += STEP<Unit>) {
+                        const In* next = r + 1 < block.n ? in[block.first + r + 1] : zeros;
+                        pack_rows(in[block.first + r], next, width, out[r / STEP<Unit>]);
+                    }
+                };
+                pack_pairs(q_rows, D, part(w.q_pairs, index, units<Unit>(QUERIES)));
+                pack_pairs(grad_rows, E, part(w.grad_pairs, index, units<Unit>(QUERIES)));
+                for (int r = 0; r < QUERIES && p.normalised; ++r) {
+                    const bool real = r < block.n;
+                    const float known = real ? *lse.rows<const float>(b, h)[block.first + r] : -INFINITY;
+                    // A query that sees nothing has no weights.
+                    w.lse[index][r] = known == -INFINITY ? INFINITY : known * LOG2_E;
+                    float sum = 0;
+                    for (int f = 0; real && f < E; ++f)
+                        sum += to_float(o_rows[block.first + r][f]) * to_float(grad_rows[block.first + r][f]);
+                    w.delta[index][r] = sum;
+                }
+            }
+            std::fill_n(w.dq[0], blocks * d * QUERIES, 0.0f);
+
+            for (int64_t first = share * KEYS; first < keys.count; first += shares * KEYS) {
+                const Chunk chunk{keys, first, int(std::min<int64_t>(KEYS, keys.count - first))};
+                const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
+                const Matrix<float> dk_chunk{w.dk[first], d}, dv_chunk{w.dv[first], e};
+                pack_chunk(k_rows, chunk, D, w.keys);
+                pack_chunk(v_rows, chunk, E, w.values);
+                // A key that is not finite makes the weights of those who see it so; to others it must be nothing.
+                pack_chunk_pairs(k_rows, chunk, D, zeros, w.key_pairs,
+                                 [&](int j) { return finite(k_rows[chunk[j]], D); });
+                for (int64_t index = 0; index < blocks; ++index) {
+                    const Block block = p.block(index);
+                    if (block.none_sees(chunk[0])) continue;
+                    multiply(w.scores, chunk.n, block.columns, w.keys.data, d, 1,
+                             part(w.q_lanes, index, units<Unit>(d)), int(units<Unit>(D)), false);
+                    multiply(w.dweights, chunk.n, block.columns, w.values.data, e, 1,
+                             part(w.grad_lanes, index, units<Unit>(e)), int(units<Unit>(E)), false);
+                    hide(w.scores, chunk, block, -INFINITY);
+                    hide(w.dweights, chunk, block, 0.0f);
+                    if (n > chunk.n) {
+                        std::fill_n(w.scores[chunk.n], block.columns, -INFINITY);
+                        std::fill_n(w.dweights[chunk.n], block.columns, 0.0f);
+                    }
+                    differentiate(w, p, n, block, index);
+                    const int query_units = int(units<Unit>(block.n));
+                    multiply(dv_chunk, chunk.n, (E + LANES - 1) / LANES * LANES, w.weight_rows.data, QUERIES, 1,
+                             part(w.grad_pairs, index, units<Unit>(QUERIES)), query_units, true);
+                    multiply(dk_chunk, chunk.n, (D + LANES - 1) / LANES * LANES, w.dscore_rows.data, QUERIES, 1,
+                             part(w.q_pairs, index, units<Unit>(QUERIES)), query_units, true);
+                    multiply(part(w.dq, index, d), D, block.columns, w.key_pairs.data, 1, d, w.dscores,
+                             n / STEP<Unit>, true);
+                }
+            }
+            for (int64_t index = 0; index < blocks; ++index) {
+                const Block block = p.block(index);
+                const auto turned = part(w.dq, index, d);
+                if (shares == 1) {
+                    turn_out(turned, block.n, D, p.scale, Rows<In>{dq.rows<In>(b, h)[block.first], dq.token});
+                } else {
+                    turn_out(turned, block.n, D, p.scale, Rows<float>{part_of(share, b, h)[block.first], D});
+                }
+            }
+        }
+
+        const auto dk_rows = dk.rows<In>(b, g), dv_rows = dv.rows<In>(b, g);
+        const auto write = [&](const float* sum, float factor, int width, In* out) {
+            for (int f = 0; f < width; f += LANES) store_first(out + f, load(sum + f) * factor, width - f);
+        };
+        int64_t position = 0;  // keys between those that take part get 0; the first share writes them
+        const auto clear_until = [&](int64_t key) {
+            for (; position < key; ++position) {
+                std::fill_n(dk_rows[position], D, In{});
+                std::fill_n(dv_rows[position], E, In{});
+            }
+            ++position;
+        };
+        for (int64_t j = 0; j < keys.count; ++j) {
+            if (share == 0) clear_until(keys[j]);
+            if (j / KEYS % shares != share) continue;
+            write(w.dk[j], p.scale, D, dk_rows[keys[j]]);
+            write(w.dv[j], 1.0f, E, dv_rows[keys[j]]);
+        }
+        if (share == 0) clear_until(p.keys);
+    });
+    if (!done || shares == 1) return done;
+
+#pragma omp parallel for collapse(2) num_threads(p.threads)
+    for (int64_t head = 0; head < p.batch * p.heads; ++head)
+        for (int64_t n = 0; n < p.queries; ++n) {
+            const int64_t b = head / p.heads, h = head % p.heads;
+            In* const out = dq.rows<In>(b, h)[n];
+            for (int f = 0; f < D; f += LANES) {
+                vec sum{};
+                for (int64_t share = 0; share < shares; ++share) sum += load_first(part_of(share, b, h)[n] + f, D - f);
+                store_first(out + f, sum, D - f);
+            }
+        }
+    return true;
+}
+
+}  // namespace
+
+// Both write their results in full and return 0, or 1 if there is no memory for their scratch. All arrays are bf16 or
+// float (batch, heads or groups, tokens, size); lse, the logarithm of the sum of exp(s), is float (batch, heads,
+// queries), and not used where weights are not normalised.
+extern "C" {
+
+// arrays: q, k, v; results o, lse.
+int attlas_attention_forward(const Problem* p, const Array* arrays) {
+    return !(p->is_bf16 ? forward<bf16>(*p, arrays) : forward<float>(*p, arrays));
+}
+
+// arrays: q, k, v, o, lse, gradient of o; results gradients of q, k, v.
+int attlas_attention_backward(const Problem* p, const Array* arrays) {
+    return !(p->is_bf16 ? backward<bf16>(*p, arrays) : backward<float>(*p, arrays));
+}
+}

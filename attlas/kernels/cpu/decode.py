@@ -1,0 +1,147 @@
+"""The C++ kernel of softmax attention over a cache as a torch operator, with fake and FLOP formula.
+
+B batch, H query heads, G key/value heads, N queries, M keys, D key size, E value size, P pages, S keys of a page.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from attlas.kernels.cpu import build
+from attlas.kernels.cpu.arrays import dense_rows, places
+
+UNLIMITED = 2**62
+
+
+def softmax_decode(
+    q_BHND: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths_B: Tensor,
+    keep_BM: Tensor | None = None,
+    pages_BP: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    sinks: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """As `attlas.ops.decode.softmax_decode`, which checks the arguments. No gradient.
+
+    Returns:
+        o (B, H, N, E), and the logarithm of the sum of exp(scores), float32 (B, H, N).
+    """
+    key_scales, value_scales = (None, None) if scales is None else scales
+    reach = UNLIMITED if window is None else window
+    return torch.ops.attlas.softmax_decode(
+        q_BHND, k, v, lengths_B, keep_BM, pages_BP, key_scales, value_scales, scale, causal, reach, sinks
+    )
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernel cannot take these, or None."""
+    if any(x.device.type != "cpu" for x in (q, k, v)):
+        return f"it runs on the CPU, and the queries are on {q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 or bfloat16, not {q.dtype}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "it has no gradient"
+    usable, detail = build.status("decode")
+    return None if usable else detail
+
+
+_SIZES = ("batch", "heads", "groups", "queries", "keys", "key_size", "value_size")
+_REACH = ("window", "sinks", "page_size", "pages")
+_ARRAYS = ("lengths", "table", "keep", "key_scales", "value_scales")
+_FLAGS = ("causal", "query_is_bf16", "cache_is_int8", "threads")
+
+
+class _Problem(ctypes.Structure):
+    """`Problem`: sizes, and what belongs to the whole call."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES + _REACH),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in _FLAGS),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = build.load("decode")
+    library.attlas_decode.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
+    return library
+
+
+@torch.library.custom_op("attlas::softmax_decode", mutates_args=(), device_types="cpu")
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    pages: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor]:
+    o, lse = _decode_fake(q, k, v, lengths, keep, pages, key_scales, value_scales, scale, causal, window, sinks)
+    rows = [dense_rows(x) for x in (q, k, v, o, lse)]
+    dense = [None if x is None else x.contiguous() for x in (lengths, pages, keep, key_scales, value_scales)]
+    page_size, count = (0, 0) if pages is None else (k.shape[2], pages.shape[1])
+    problem = _Problem(
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        v.shape[3],
+        window,
+        sinks,
+        page_size,
+        count,
+        *(None if x is None else x.data_ptr() for x in dense),
+        scale,
+        causal,
+        q.dtype == torch.bfloat16,
+        k.dtype == torch.int8,
+        torch.get_num_threads(),
+    )
+    if _library().attlas_decode(problem, places(*rows)):
+        raise MemoryError("the decoding kernel found no memory for its scratch")
+    return o, lse
+
+
+@_decode.register_fake
+def _decode_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    keep: Tensor | None,
+    pages: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], dtype=torch.float32)
+
+
+# Lengths are data, so that every key of the cache counts as visible.
+@register_flop_formula(torch.ops.attlas.softmax_decode)
+def _decode_flop(q, k, v, lengths, keep, pages, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    batch, heads, queries, size = q
+    keys = k[2] * (1 if pages is None else pages[1])
+    return 2 * batch * heads * queries * keys * (size + v[3])

@@ -1,0 +1,1 @@
+"""Published networks, made of blocks and any mechanism."""

@@ -1,0 +1,64 @@
+"""Statistical top-k: the k largest of a row, about, by a threshold from its mean and deviation.
+
+    θ = mean(x) + std(x) Q(1 - k / m),    Q the quantile function of the standard normal
+
+over the m visible entries of the row; of normally distributed entries k exceed θ in expectation. It sorts
+nothing and takes O(m). A row with k visible entries or fewer has no threshold.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from attlas.core.errors import BadInput
+from attlas.ops.precision import wide
+
+
+def statistical_threshold(x: Tensor, k: int, keep: Tensor | None = None) -> Tensor:
+    """θ of every row, (..., 1), in float32 or better; -inf where nothing needs to go.
+
+    Args:
+        x: rows (..., m).
+        k: how many entries of a row should exceed θ.
+        keep: which entries are visible, (..., m) or broadcast to it; the others have no part in θ. None for all.
+    """
+    if k < 1:
+        raise BadInput(f"k counts entries that stay and is at least 1, got {k}")
+    x = wide(x)
+    if keep is None:
+        if k >= x.shape[-1]:
+            return x.new_full((*x.shape[:-1], 1), -torch.inf)
+        return x.mean(-1, keepdim=True) + _deviation(x) * NormalDist().inv_cdf(1 - k / x.shape[-1])
+    count = keep.sum(-1, keepdim=True)
+    limited = count > k
+    mean = x.where(keep, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    quantile = torch.special.ndtri(1 - k / count.where(limited, 2 * k).to(x.dtype))
+    deviation = _deviation((x - mean).where(keep, 0), count.clamp(min=1))
+    return (mean + deviation * quantile).where(limited, -torch.inf)
+
+
+def _deviation(x: Tensor, count: Tensor | None = None) -> Tensor:
+    """The biased standard deviation of rows, with a gradient of 0 where it is 0; centred rows if counted."""
+    variance = x.var(-1, correction=0, keepdim=True) if count is None else x.square().sum(-1, keepdim=True) / count
+    spread = variance > 0
+    return variance.where(spread, 1).sqrt().where(spread, 0)
+
+
+def statistical_topk(x: Tensor, k: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows less their threshold, and which entries exceed it.
+
+    Args:
+        x: rows (..., m).
+        k: how many entries of a row should stay.
+        keep: which entries are visible, (..., m) or broadcast to it; None for all.
+
+    Returns:
+        x - θ, in the dtype of x, and x itself in rows without a threshold; bool, False for what is not visible.
+    """
+    threshold = statistical_threshold(x, k, keep)
+    kept = wide(x) > threshold
+    kept = kept if keep is None else kept & keep
+    return (wide(x) - threshold.masked_fill(threshold == -torch.inf, 0)).to(x.dtype), kept
