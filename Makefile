@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+EXAMPLES := $(filter-out __init__ shared,$(basename $(notdir $(wildcard examples/*.py))))
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-full lint docs lock clean
+.PHONY: demo test test-full examples lint docs lock clean
 
 demo: $(VENV)/ready
 	$(BIN)/attlas compare softmax,sigmoid,linear,lightning,aaren,pool --task text --store runs/demo
@@ -15,6 +16,12 @@ test: $(VENV)/ready lint
 
 test-full: $(VENV)/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full"
+
+# Each in under two minutes, and the pictures of docs/pages/examples.md.
+examples: $(addprefix example-,$(EXAMPLES))
+
+example-%: $(VENV)/ready
+	$(BIN)/python -m examples.$* --out docs/pages/figures
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

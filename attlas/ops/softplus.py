@@ -1,6 +1,6 @@
 """Softplus attention weights, and the second stage that sharpens normalised weights.
 
-    A_nm = φ(s_nm) / Σ_m φ(s_nm),    φ(s) = log(1 + eˢ),    s_nm = scale · log L_n · q_n·k_m + bias_nm
+    A_nm = φ(s_nm) / Σ_m φ(s_nm),    φ(s) = log(1 + eˢ),    s_nm = scale · log L_n · cos(q_n, k_m) + bias_nm
 
 over the visible m, L_n of them in row n. B batch, H query heads, G key/value heads, N queries, M keys, D head size.
 """
@@ -8,6 +8,7 @@ over the visible m, L_n of them in row n. B batch, H query heads, G key/value he
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
@@ -16,6 +17,9 @@ from attlas.ops.softmax import repeat_heads
 
 LOW = -30.0
 """Below it softplus(s) is eˢ to every digit of a float64, and log softplus(s) is s."""
+
+FREE = 3
+"""A row of so many keys or fewer has no offset, as published; one of keys that weigh the same would lose them all."""
 
 
 def log_softplus(s: Tensor) -> Tensor:
@@ -40,15 +44,14 @@ def softplus_weights(q_BHND: Tensor, k_BGMD: Tensor, mask: Mask, scale: float) -
     Args:
         q_BHND, k_BGMD: queries and keys; H is a multiple of G.
         mask: what may be seen, and the bias, added to the scaled scores.
-        scale: of the products, beside log L_n.
+        scale: of the cosines, beside log L_n.
     """
-    heads, queries, size = q_BHND.shape[1:]
-    keys = k_BGMD.shape[2]
-    # Most of the scale goes in first, where large products could leave the range of float16.
-    products = (q_BHND * size**-0.5) @ repeat_heads(k_BGMD, heads).transpose(-1, -2)
-    scores = wide(products) * (scale * size**0.5)
-    lengths_N1 = row_lengths(mask, queries, keys, scores)
-    scores = scores * lengths_N1.clamp(min=1).log()
+    heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
+    q, k = (F.normalize(wide(x), dim=-1) for x in (q_BHND, repeat_heads(k_BGMD, heads)))
+    with torch.autocast(q.device.type, enabled=False):  # what is sharpened afterwards must not be rounded before
+        cosines = q @ k.mT
+    lengths_N1 = row_lengths(mask, queries, keys, cosines)
+    scores = cosines * (scale * lengths_N1.clamp(min=1).log())
     if mask.bias is not None:
         scores = scores + mask.bias
     seen = mask.pairs(queries, keys, q_BHND.device)
@@ -62,9 +65,10 @@ def softplus_weights(q_BHND: Tensor, k_BGMD: Tensor, mask: Mask, scale: float) -
 def sharpen(weights_BHNM: Tensor, lengths_N1: Tensor, offset: float, power: float) -> Tensor:
     """relu(L_n A_nm - offset) ** power, normalised to rows that sum to 1 again.
 
-    A row that the offset empties stays as it was. L_n A has the mean 1 over the visible keys of a row.
+    The offset is 0 in rows of `FREE` keys or fewer, and a row that it empties stays as it was. L_n A has the mean 1
+    over the visible keys of a row.
     """
-    kept = (lengths_N1 * weights_BHNM - offset).relu()
+    kept = (lengths_N1 * weights_BHNM - offset * (lengths_N1 > FREE)).relu()
     # What multiplies a whole row cancels in the norm: with the largest at 1 no power overflows.
     largest = kept.amax(-1, keepdim=True).detach()
     empty = largest == 0

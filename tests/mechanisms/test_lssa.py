@@ -30,10 +30,18 @@ def test_log_softplus_is_the_logarithm_of_softplus_where_that_has_digits():
 
 def test_where_softplus_is_an_exponential_it_is_softmax():
     q, k, v = torch.randn(3, 2, 4, 9, 8, **DOUBLE)
-    attend = attlas.make_attend("lssa", 4, 8, scale=8**-0.5 / math.log(9))
+    attend = attlas.make_attend("lssa", 4, 8, scale=5 / math.log(9))
     low = attlas.Mask.biased(torch.full((9, 9), -60.0, **DOUBLE))
-    assert torch.allclose(attend(q, k, v, mask=low), attlas.attend(q, k, v), rtol=0, atol=1e-12)
-    assert not torch.allclose(attend(q, k, v), attlas.attend(q, k, v), atol=1e-2)
+    expected = attlas.attend(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=5.0)
+    assert torch.allclose(attend(q, k, v, mask=low), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(attend(q, k, v), expected, atol=1e-2)
+
+
+def test_the_size_of_queries_and_keys_does_not_matter():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, **DOUBLE)
+    for name in ("lssa", "lssar"):
+        attend = attlas.make_attend(name, 4, 8)
+        assert torch.allclose(attend(q * 7, k / 5, v), attend(q, k, v), rtol=0, atol=1e-11)
 
 
 def test_rows_sum_to_one_over_what_they_see():
@@ -52,10 +60,11 @@ def test_lengths_are_of_rows_and_padding_is_not_counted():
     assert torch.allclose(layer(x, mask=keep)[:, 4:], layer(x[:, 4:]), rtol=0, atol=1e-12)
     assert torch.allclose(layer(x)[:, :5], layer(x[:, :5]), rtol=0, atol=1e-12)
     attend = layer.attend
-    assert attend.scale == pytest.approx(math.log(8) / math.sqrt(8))
+    assert attend.scale == math.log(8)
     q, k = torch.randn(2, 1, 2, 5, 8, **DOUBLE)
     weights = attend(q, k, torch.eye(5, **DOUBLE).expand(1, 2, 5, 5))
-    phi = F.softplus(q @ k.mT * attend.scale * torch.arange(1, 6, **DOUBLE).log()[:, None]).tril()
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    phi = F.softplus(cosines * math.log(8) * torch.arange(1, 6, **DOUBLE).log()[:, None]).tril()
     assert torch.allclose(weights, phi / phi.sum(-1, keepdim=True), rtol=0, atol=1e-9)
     assert torch.equal(weights[:, :, 0, 0], torch.ones(1, 2, **DOUBLE))
 
@@ -64,10 +73,10 @@ def test_lengths_are_of_rows_and_padding_is_not_counted():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scores_of_ten_thousand_are_finite_in_every_precision(name, dtype):
     q, k, v = (torch.randn(1, 2, 40, 64) for _ in "qkv")
-    q = q * 1e4 / 64**-0.5 / (q @ k.mT).abs().max()
-    q, k, v = (t.to(dtype).requires_grad_() for t in (q, k, v))
+    q, k, v = (t.to(dtype).requires_grad_() for t in (q * 1e4, k, v))
+    bias = 1e4 * torch.randn(40, 40)
     for causal in (False, True):
-        o = attlas.attend(q, k, v, name, causal=causal)
+        o = attlas.attend(q, k, v, name, causal=causal, mask=bias)
         assert o.isfinite().all()
         assert all(g.isfinite().all() for g in torch.autograd.grad(o.float().sum(), (q, k, v)))
 
@@ -79,7 +88,7 @@ def entropy(keys, scale):
 
 
 def test_the_length_in_the_scale_holds_entropy_back():
-    scale = 0.03  # scores of size 1; large ones make softplus a relu, whose weights no scale can change
+    scale = 2.0  # scores of size 1; large ones make softplus a relu, whose weights no scale can change
     growing = torch.stack([entropy(n, scale) for n in (64, 512, 4096)])
     fixed = torch.stack([entropy(n, scale * math.log(64) / math.log(n)) for n in (64, 512, 4096)])
     assert growing[0] == fixed[0]
@@ -91,7 +100,8 @@ def test_tiles_in_any_order_add_up_to_the_whole():
     attend = attlas.make_attend("lssa", 4, 8)
     above, below = torch.zeros(2, 4, 50, 8), torch.zeros(2, 4, 50, 1)
     for tile in torch.randperm(50).split(7):
-        phi = F.softplus(q @ k[:, :, tile].mT * attend.scale * math.log(50))
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k[:, :, tile], dim=-1).mT
+        phi = F.softplus(cosines * math.log(8) * math.log(50))
         above, below = above + phi @ v[:, :, tile], below + phi.sum(-1, keepdim=True)
     assert torch.allclose(attend(q, k, v), above / below, rtol=0, atol=1e-5)
 
@@ -118,7 +128,7 @@ def test_what_padding_holds_never_matters(name):
 
 def test_what_has_no_meaning_is_refused():
     for scale in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(BadInput, match="scale multiplies the scores and is positive"):
+        with pytest.raises(BadInput, match="scale multiplies the cosines and is positive"):
             attlas.make_attend("lssa", 2, 8, scale=scale)
     with pytest.raises(BadInput, match="weight_dropout"):
         attlas.make_attend("lssa", 2, 8, weight_dropout=1.0)

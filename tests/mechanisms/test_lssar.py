@@ -49,9 +49,15 @@ def test_the_offset_drops_what_is_below_a_share_of_the_mean():
 
 
 def test_the_formula_itself():
+    weights = torch.tensor([[0.5, 0.25, 0.15, 0.1]], **DOUBLE)
+    sharp = sharpen(weights, torch.tensor([[4.0]], **DOUBLE), 0.8, 2.0)
+    assert torch.allclose(sharp, torch.tensor([[1.2**2, 0.2**2, 0.0, 0.0]], **DOUBLE) / (1.2**2 + 0.2**2))
+
+
+def test_rows_of_three_keys_have_no_offset():
     weights = torch.tensor([[0.5, 0.3, 0.2]], **DOUBLE)
-    sharp = sharpen(weights, torch.tensor([[3.0]], **DOUBLE), 0.8, 2.0)
-    assert torch.allclose(sharp, torch.tensor([[0.7**2, 0.1**2, 0.0]], **DOUBLE) / (0.7**2 + 0.1**2))
+    sharp = sharpen(weights, torch.tensor([[3.0]], **DOUBLE), 1.0, 2.0)
+    assert torch.allclose(sharp, torch.tensor([[0.25, 0.09, 0.04]], **DOUBLE) / 0.38)
 
 
 def test_a_row_that_the_offset_empties_stays_as_it_was():
@@ -79,7 +85,7 @@ def test_dropping_equals_the_literal_formula(causal):
     qkv = [torch.randn(2, h, 9, 8, **DOUBLE, requires_grad=True) for h in (4, 2, 2)]
     keep = torch.arange(9).expand(2, -1) >= torch.tensor([[0], [2]])
     mask = attlas.Mask.padding(keep) & attlas.Mask.biased(torch.randn(1, 4, 9, 9, **DOUBLE))
-    for offset, power in ((0.5, 3.0), (1.0, 2.0)):
+    for offset, power in ((0.5, 3.0), (1.0, 2.0), (1.0, 15.0)):
         outputs = []
         for backend in ("auto", "oracle"):
             settings = {"offset": offset, "power": power, "backend": backend}
@@ -107,7 +113,7 @@ def test_dropped_keys_stream():
         ({"offset": -0.1}, "offset is a share of the mean weight.*got -0.1"),
         ({"power": 0.5}, "power sharpens and is at least 1, got 0.5"),
         ({"power": math.nan}, "power sharpens"),
-        ({"scale": 0.0}, "scale multiplies the scores"),
+        ({"scale": 0.0}, "scale multiplies the cosines"),
         ({"weight_dropout": 1.0}, "weight_dropout"),
     ],
 )

@@ -7,7 +7,8 @@ make of the random sequence, and `attlas.blocks.probe.Probed` hands it over; a l
 one, X = ε. σ is not known to us and is 1 here.
 
 H (B, N, C), X (1, N, C); time O(N² C) with the scores once for the batch; the state are the values, N C
-numbers. The projections and the parameters are those of softmax attention. Padding of the input is not seen.
+numbers, and the keys of the one sequence. The projections and the parameters are those of softmax attention.
+Padding of the input is not seen.
 
 Source: Xue et al., "Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
 2025 (arXiv:2510.11602), RndEmbQK; no official code was found.

@@ -1,7 +1,7 @@
 """Length-scaled softplus attention: the exponential of softmax is exchanged, its l1 norm stays.
 
     A_nm = φ(s_nm) / Σ_m φ(s_nm),    φ(s) = log(1 + eˢ)
-    s_nm = (log D · log L_n / √D) q_n·k_m + bias_nm,    o_n = Σ_m A_nm v_m    over the visible m
+    s_nm = log D · log L_n · cos(q_n, k_m) + bias_nm,    o_n = Σ_m A_nm v_m    over the visible m
 
 q (B, H, N, D), k (B, G, M, D), v (B, G, M, E); query heads are a multiple of key/value heads. L_n is the number
 of keys that row n sees, n + 1 in causal use, padding not counted: scores grow with the logarithm of the length,
@@ -11,8 +11,8 @@ Softplus grows linearly, and numerators and denominators over disjoint keys add 
 Time O(N M D H), memory O(N M H); the state is a key/value cache of 2 N D G numbers.
 
 Source: Gao et al., "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models",
-2025 (arXiv:2501.13428). A reconstruction: the official code was not found and the constant log D / √D is
-unverified, hence `scale`. The second stage of the paper is `lssar`.
+2025 (arXiv:2501.13428). A reconstruction: the official code was not found, and the cosine and its scale are those
+of the paper's last version as others re-implement it. The second stage of the paper is `lssar`.
 """
 
 import math
@@ -32,7 +32,7 @@ SPEC = Spec(
     title="Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models",
     year=2025,
     paper="arXiv:2501.13428",
-    equation="o = softplus(log D log L / √D · q kᵀ + bias) v, rows normalised to 1",
+    equation="o = softplus(log D log L · cos(q, k) + bias) v, rows normalised to 1",
     complexity="O(N² D) time, O(N D) state",
     patterns=ALL_PATTERNS,
     masks=EVERY_MASK,
@@ -53,7 +53,7 @@ class LSSA(CachedAttend):
     Args:
         site: where it is installed.
         backend: `auto`, `torch` or `oracle`.
-        scale: of the scores, beside log L_n; log D / √D by default.
+        scale: of the cosines, beside log L_n; log D by default.
         weight_dropout: share of the attention weights dropped in training.
     """
 
@@ -62,8 +62,8 @@ class LSSA(CachedAttend):
     ) -> None:
         super().__init__(site, backend)
         if scale is not None and not 0 < scale < math.inf:
-            raise BadInput(f"scale multiplies the scores and is positive, got {scale}")
-        self.scale = math.log(site.head_dim) * site.head_dim**-0.5 if scale is None else scale
+            raise BadInput(f"scale multiplies the cosines and is positive, got {scale}")
+        self.scale = math.log(site.head_dim) if scale is None else scale
         self.weight_dropout = share("weight_dropout", weight_dropout)
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
@@ -79,8 +79,9 @@ class LSSA(CachedAttend):
         o_BHNE = v_BGME.new_zeros(batch, heads, queries, v_BGME.shape[3])
         for b, h, n in seen.any(-1).nonzero().tolist():
             g, m = h // (heads // k_BGMD.shape[1]), seen[b, h, n]
-            scale = self.scale * math.log(int(m.sum()))
-            phi = F.softplus(scale * (k_BGMD[b, g, m] @ q_BHND[b, h, n]) + bias[b, h, n, m], threshold=100)
+            cosines = F.cosine_similarity(k_BGMD[b, g, m], q_BHND[b, h, n], -1, eps=1e-12)
+            scores = self.scale * math.log(int(m.sum())) * cosines + bias[b, h, n, m]
+            phi = F.softplus(scores, threshold=100)
             weights = F.dropout(phi / phi.sum(), self.weight_dropout, self.training)
             o_BHNE[b, h, n] = weights @ v_BGME[b, g, m]
         return o_BHNE
