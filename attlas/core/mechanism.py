@@ -298,8 +298,7 @@ class CachedAttend(Attend):
     ) -> tuple[Tensor, KVCache]:
         """Attend to the cache and the segment itself."""
         state = state.append(k, v, keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
-        call = Call(Mask(causal=True, keys=keys, queries=keep), Grid((q.shape[2],)), tokens=tokens)
+        call = Call(Mask(causal=True, keys=state.keys, queries=keep), Grid((q.shape[2],)), tokens=tokens)
         return self.compute(q, state.k.rows, state.v.rows, call), state
 
 

@@ -73,6 +73,11 @@ class KVCache(NamedTuple):
         """No positions yet, in the dtype and on the device of `like`."""
         return cls(Rows(like.new_empty(batch, heads, 0, size)), Rows(like.new_empty(batch, heads, 0, value)), None)
 
+    @property
+    def keys(self) -> Tensor | None:
+        """Which keys are real, (B, M), as a mask takes it; None while all are."""
+        return None if self.keep is None else self.keep.rows[:, 0]
+
     def append(self, k: Tensor, v: Tensor, keep: Tensor | None) -> KVCache:
         """The cache with a segment behind it; keep (B, n) or None for all real."""
         flags = self.keep

@@ -181,8 +181,7 @@ class AttentionSink(Attend):
         """Judge the segment's tokens, then attend to all so far."""
         sinks = state.sinks.append(self._sinks(tokens, q, k)[:, None])
         cache = state.cache.append(k, v, keep)
-        keys = None if cache.keep is None else cache.keep.rows[:, 0]
-        mask = Mask(causal=True, keys=keys, queries=keep)
+        mask = Mask(causal=True, keys=cache.keys, queries=keep)
         run = self._rows if self.backend == "oracle" else self._attend
         return run(q, cache.k.rows, cache.v.rows, mask, sinks.rows[:, 0]), SinkState(cache, sinks)
 

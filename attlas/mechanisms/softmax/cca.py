@@ -247,7 +247,6 @@ class CCA(Mixer):
         """Latents of the segment behind the state's last ones; attention to the cache and the segment."""
         q, k, v, u, delayed = self._latents(x_BNC, keep, state.u, state.delayed, state.position)
         cache = state.cache.append(k, v, keep)
-        keys = None if cache.keep is None else cache.keep.rows[:, 0]
-        y = self._attend(q, cache.k.rows, cache.v.rows, Mask(causal=True, keys=keys, queries=keep))
+        y = self._attend(q, cache.k.rows, cache.v.rows, Mask(causal=True, keys=cache.keys, queries=keep))
         # Copies of the last rows, so that nothing keeps the whole segment alive.
         return y, CCAState(cache, u.clone(), delayed.clone(), state.position + x_BNC.shape[1])

@@ -150,8 +150,7 @@ class Lama(Mixer):
         """Pool the words so far and the segment's own."""
         x = self._source(x_BNC, keep)
         state = state.append((x @ self.q).unsqueeze(1), x.unsqueeze(1), keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
-        mask = Mask(causal=True, keys=keys, queries=keep)
+        mask = Mask(causal=True, keys=state.keys, queries=keep)
         return self._pool(x, state.v.rows[:, 0], self._split(state.k.rows[:, 0]), mask), state
 
 

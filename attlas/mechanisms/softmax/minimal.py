@@ -149,5 +149,4 @@ class Minimal(Mixer):
         """Attend to the tokens so far and the segment itself."""
         x, _ = self._tokens(x_BNC, None, Mask(keys=keep))
         state = state.append(x.unsqueeze(1), x.new_empty(x.shape[0], 1, x.shape[1], 0), keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
-        return self._attend(x, state.k.rows[:, 0], Mask(causal=True, keys=keys, queries=keep)), state
+        return self._attend(x, state.k.rows[:, 0], Mask(causal=True, keys=state.keys, queries=keep)), state

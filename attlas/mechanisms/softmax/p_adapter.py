@@ -266,8 +266,7 @@ class PAdapter(Mixer):
     def advance(self, x_BNC: Tensor, state: KVCache, keep: Tensor | None) -> tuple[Tensor, KVCache]:
         """Attend to the cache and the segment itself, and pass messages among them."""
         state = state.append(*self._keys(x_BNC, keep), keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
-        mask = Mask(causal=True, keys=keys, queries=keep)
+        mask = Mask(causal=True, keys=state.keys, queries=keep)
         return self._mix(x_BNC, state.k.rows, state.v.rows, mask, cross=False), state
 
     def count(self, sizes: Sizes) -> Cost:

@@ -143,8 +143,7 @@ class Pointer(Mixer):
         """Glimpse at the tokens so far and the segment's own."""
         x = x_BNC if keep is None else x_BNC.masked_fill(~keep.unsqueeze(-1), 0)
         state = state.append(self.key(x).unsqueeze(1), x.unsqueeze(1), keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
-        mask = Mask(causal=True, keys=keys, queries=keep)
+        mask = Mask(causal=True, keys=state.keys, queries=keep)
         return self._glimpse(x, state.k.rows[:, 0], state.v.rows[:, 0], mask), state
 
 

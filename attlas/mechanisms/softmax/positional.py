@@ -169,7 +169,6 @@ class Positional(Mixer):
         """Attend to the values so far and the segment's own."""
         v_BHND = self._values(x_BNC, keep)
         state = state.append(v_BHND[..., :0], v_BHND, keep)
-        keys = None if state.keep is None else state.keep.rows[:, 0]
         tokens, queries = state.v.rows.shape[2], x_BNC.shape[1]
-        mask = Mask(causal=True, keys=keys, queries=keep)
+        mask = Mask(causal=True, keys=state.keys, queries=keep)
         return self._mix(self.weights(queries, tokens, mask, tokens - queries), state.v.rows), state

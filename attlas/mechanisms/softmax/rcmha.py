@@ -200,8 +200,7 @@ class RCMHA(Attend):
         q, k, v = (_convolve(conv, x) for conv, x in zip((self.q_conv, self.k_conv, self.v_conv), pasts, strict=True))
         cache = state.cache.append(k, v, keep)
         self._check_reach(cache.k.rows.shape[2])
-        keys = None if cache.keep is None else cache.keep.rows[:, 0]
-        o = self._attend(q, cache.k.rows, cache.v.rows, Mask(causal=True, keys=keys, queries=keep))
+        o = self._attend(q, cache.k.rows, cache.v.rows, Mask(causal=True, keys=cache.keys, queries=keep))
         # Copies of the last rows, so that nothing keeps the whole segment alive.
         return o, RCMHAState(cache, *(x[:, :, x.shape[2] - KERNEL + 1 :].clone() for x in pasts))
 
