@@ -5,10 +5,10 @@ positions. All are trained on short sequences and then read held-out stretches o
 drawn is the loss of the bytes just before each multiple of the training length: whether the longer past helps,
 does nothing or hurts. `lssar*` is the model trained with `lssa`, read with the second stage put on afterwards.
 
-Every one of them gets worse with length, and the model that was trained with both stages least: from twice to
-eight times the training length it is ahead of softmax, at sixteen times about level, and it pays a little at the
-training length itself. The first stage alone falls behind softmax, and the second stage does not help where it is put
-on afterwards. The published loss, of models a thousand times as large, stays flat to sixteen times.
+Every one of them gets worse with length, and the model that was trained with both stages least: behind softmax at the
+training length, level at twice, ahead from four times on. The first stage alone falls behind softmax, and the second
+stage does not help where it is put on afterwards. The published loss, of models a thousand times as large, stays flat
+to sixteen times.
 
 Gao et al., 2025 (arXiv:2501.13428), reconstructed.
 """
