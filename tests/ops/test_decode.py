@@ -60,7 +60,7 @@ def compare(backend, arrays, lengths=None, **kwargs):
     queries=st.integers(1, 5),
     keys=st.integers(5, 700),
     size=st.sampled_from([1, 16, 33, 64, 96, 128]),
-    value_size=st.sampled_from([1, 16, 47, 64, 112]),
+    value_size=st.sampled_from([1, 16, 47, 64, 112, 128]),
     window=st.sampled_from([None, 1, 7, 100]),
     sinks=st.integers(0, 20),
     ragged=st.booleans(),
@@ -81,6 +81,16 @@ def test_odd_sizes(
         sinks=sinks if causal and window else 0,
         causal=causal,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("heads", "queries"), [(2, 1), (2, 3), (8, 1), (14, 2)])
+def test_usual_sizes_side_by_side(dtype, size, heads, queries):
+    arrays = tensors(2, heads, 2, queries, 1003, size, size, dtype)
+    lengths = torch.tensor([1003, 517])
+    for settings_ in ({}, {"causal": False}, {"window": 333, "sinks": 37}, {"window": 5, "sinks": 1}):
+        compare("cpu", arrays, lengths, **settings_)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
@@ -115,7 +125,7 @@ def test_pages(backend, page_size):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "size"), [(2, 32), (8, 32), (6, 20)])
+@pytest.mark.parametrize(("heads", "size"), [(2, 32), (8, 32), (6, 20), (2, 64), (8, 128)])
 def test_int8_cache(backend, dtype, heads, size):
     q, k, v = tensors(2, heads, 2, 1, 500, size, size, torch.float32)
     (k8, k_scale), (v8, v_scale) = quantise_heads(k), quantise_heads(v * 3)

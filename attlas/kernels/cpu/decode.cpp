@@ -27,6 +27,8 @@ using namespace attlas;
 
 constexpr int64_t TILE = 256;  // keys
 constexpr int GROUP = 4;       // rows that use a value while it is in a register
+constexpr int STRETCH = 2048;  // numbers of keys, then of values, that are read in one go
+constexpr int WEIGHTS = STRETCH / 64;  // room for those of a row and a block of keys
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int64_t WORTH_THREADS = 1 << 17;  // bytes of cache that take longer than waking the other threads
 
@@ -179,7 +181,7 @@ struct Output {
 struct Scratch {
     float *queries, *keys, *values, *weights;
 
-    static int64_t floats(int64_t rows, int64_t d, int64_t e) { return rows * (d + LANES) + LANES * (d + e); }
+    static int64_t floats(int64_t rows, int64_t d, int64_t e) { return rows * (d + WEIGHTS) + LANES * (d + e); }
     Scratch(float* memory, int64_t rows, int64_t d, int64_t e)
         : queries(memory), keys(queries + rows * d), values(keys + LANES * d), weights(values + LANES * e) {}
 };
@@ -281,7 +283,7 @@ ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, co
         vec value[2 * PAIRS];
         for (int i = 0; i < PAIRS; ++i) load_two(values[j] + f + 2 * i * LANES, value[2 * i], value[2 * i + 1]);
         for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * LANES + j] * value[i];
+            for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
     }
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < 2 * PAIRS; ++i) store(sum + r * stride + f + i * LANES, acc[r][i]);
@@ -302,6 +304,7 @@ struct Worker {
     Scratch scratch;
 
     int64_t d() const { return padded(p.key_size); }
+    float* weights(int64_t row) const { return scratch.weights + row * WEIGHTS; }
     bool dots() const { return CAN_DOT && p.key_size % (2 * LANES) == 0; }
 
     // Attends to keys [begin, end) of those that an output sees.
@@ -312,26 +315,33 @@ struct Worker {
         attend_any(output, begin, end, partial);
     }
 
-    // Keys and values that lie side by side and have a usual size: whole steps of keys that all rows see need no list of
-    // addresses, and loops of known length.
+    // Keys and values that lie side by side and have a usual size: whole blocks of keys that all rows see need no list
+    // of addresses, and have loops of known length. A block is so large that memory is read in long stretches.
     template <int D>
     void attend_near(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
+        constexpr int STEPS = STRETCH / (LANES * D);
+        constexpr int KEYS = STEPS * LANES;
         const int64_t first = output.visible.first_query, last = first + p.queries - 1;
         for (int64_t i = begin; i < end;) {
-            const int64_t place = output.visible.position(i), final = place + LANES - 1;
-            if (i + LANES > end || output.visible.position(i + LANES - 1) != final ||
+            const int64_t place = output.visible.position(i), final = place + KEYS - 1;
+            if (i + KEYS > end || output.visible.position(i + KEYS - 1) != final ||
                 !all_see(p, first, last, place, final)) {
-                const int64_t stop = std::min(end, i + 4 * LANES);
+                const int64_t stop = std::min(end, i + KEYS);
                 attend_any(output, i, stop, partial);
                 i = stop;
                 continue;
             }
-            const Near<Cache, D> k{output.k.template row<const Cache>(output.b, output.g, place)};
-            const Near<Cache, D> v{output.v.template row<const Cache>(output.b, output.g, place)};
-            const Near<Cache, D> next_k{k.first + LANES * D}, next_v{v.first + LANES * D};
-            take(output, Step<Near<Cache, D>>{k, v, {}, LANES}, Step<Near<Cache, D>>{next_k, next_v, {}, LANES},
-                 std::integral_constant<int64_t, D>(), partial);
-            i += LANES;
+            const Cache* const k = output.k.template row<const Cache>(output.b, output.g, place);
+            const Cache* const v = output.v.template row<const Cache>(output.b, output.g, place);
+            const auto step = [&](int number) {
+                const int64_t offset = int64_t(number) * LANES * D;
+                return Step<Near<Cache, D>>{{k + offset}, {v + offset}, {}, LANES};
+            };
+            for (int number = 0; number < STEPS; ++number)
+                take(output, step(number), step(number + STEPS), std::integral_constant<int64_t, D>(), number);
+            weigh<STEPS>(partial);
+            add(output, Step<Near<Cache, D>>{{k}, {v}, {}, KEYS}, partial);
+            i += KEYS;
         }
     }
 
@@ -341,7 +351,9 @@ struct Worker {
         output.step(i, end, steps[0]);
         for (int now = 0; steps[now].n; now = 1 - now) {
             output.step(i, end, steps[1 - now]);
-            take(output, steps[now], steps[1 - now], (p.key_size + LANES - 1) / LANES * LANES, partial);
+            take(output, steps[now], steps[1 - now], (p.key_size + LANES - 1) / LANES * LANES, 0);
+            weigh<1>(partial);
+            add(output, steps[now], partial);
         }
     }
 
@@ -362,25 +374,24 @@ struct Worker {
         }
     }
 
+    // The scores of a step's keys, as the step of that number within a block.
     template <class Keys, class Size>
     ATTLAS_INLINE_MEMBER void take(const Output<Cache>& output, const Step<Keys>& step, const Step<Keys>& next,
-                                   Size size, Partial& partial) const {
+                                   Size size, int number) const {
         if constexpr (CAN_DOT) {
             if (dots()) {
-                weigh(output, step, next, reinterpret_cast<const bf16*>(scratch.queries), 2 * d(), step.k, size,
-                      partial);
-                return add(output, step, partial);
+                const auto queries = reinterpret_cast<const bf16*>(scratch.queries);
+                return score_rows(output, step, next, queries, 2 * d(), step.k, size, number);
             }
         }
         // Where several rows need it, a key is converted once.
         if (p.key_size % LANES || (p.rows() > 2 && !std::is_same_v<Cache, float>)) {
             const float* copies[LANES];
             convert(step.k, step.n, p.key_size, scratch.keys, d(), copies);
-            weigh(output, step, next, scratch.queries, d(), copies, size, partial);
+            score_rows(output, step, next, scratch.queries, d(), copies, size, number);
         } else {
-            weigh(output, step, next, scratch.queries, d(), step.k, size, partial);
+            score_rows(output, step, next, scratch.queries, d(), step.k, size, number);
         }
-        add(output, step, partial);
     }
 
     // Whether every row sees every key of the step.
@@ -393,23 +404,18 @@ struct Worker {
         return true;
     }
 
-    // The weights of the step's keys, relative to the largest score so far of each row. On the way the next step is
-    // asked for, a line at a time: many requests at once would hold up what follows.
+    // On the way the step `next` is asked for, a line at a time: many requests at once would hold up what follows.
     template <class Q, class Given, class Keys, class Size>
-    ATTLAS_INLINE_MEMBER void weigh(const Output<Cache>& output, const Step<Given>& step, const Step<Given>& next,
-                                    const Q* queries, int64_t stride, const Keys& keys, Size size,
-                                    Partial& partial) const {
+    ATTLAS_INLINE_MEMBER void score_rows(const Output<Cache>& output, const Step<Given>& step, const Step<Given>& next,
+                                         const Q* queries, int64_t stride, const Keys& keys, Size size,
+                                         int number) const {
         const bool hides = step.n < LANES || !open(output, step);
         const auto finish = [&](int64_t row, vec scores) {
             scores *= output.scale;
             if (hides)
                 for (int j = 0; j < LANES; ++j)
                     if (j >= step.n || !sees(p, row_position(output, row), step.position[j])) scores[j] = -INFINITY;
-            if (any(scores > partial.largest[row])) partial.raise(row, largest_lane(scores));
-            const float largest = partial.largest[row];
-            const vec weights = exp2(scores - (largest == -INFINITY ? 0.0f : largest));
-            store(scratch.weights + row * LANES, weights);
-            store(partial.total + row * LANES, load(partial.total + row * LANES) + weights);
+            store(weights(row) + number * LANES, scores);
         };
         const auto ask = [&](int j, int64_t f) {
             __builtin_prefetch(next.k[j] + f);
@@ -429,6 +435,25 @@ struct Worker {
         for (; row < p.rows(); ++row) finish(row, score(queries + row * stride, keys, size, nothing));
     }
 
+    // Turns the scores of a block into weights, relative to the largest score so far of each row.
+    template <int STEPS>
+    ATTLAS_INLINE_MEMBER void weigh(Partial& partial) const {
+        for (int64_t row = 0; row < p.rows(); ++row) {
+            float* const block = weights(row);
+            vec most = load(block);
+            for (int i = 1; i < STEPS; ++i) most = max(most, load(block + i * LANES));
+            if (any(most > partial.largest[row])) partial.raise(row, largest_lane(most));
+            const float largest = partial.largest[row];
+            vec total = load(partial.total + row * LANES);
+            for (int i = 0; i < STEPS; ++i) {
+                const vec weight = exp2(load(block + i * LANES) - (largest == -INFINITY ? 0.0f : largest));
+                store(block + i * LANES, weight);
+                total += weight;
+            }
+            store(partial.total + row * LANES, total);
+        }
+    }
+
     template <class Given>
     ATTLAS_INLINE_MEMBER void add(const Output<Cache>& output, const Step<Given>& step, Partial& partial) const {
         if (p.value_size % (2 * LANES) == 0) return add(output, step, step.v, partial);
@@ -441,7 +466,6 @@ struct Worker {
     ATTLAS_INLINE_MEMBER void add(const Output<Cache>& output, const Step<Given>& step, const Values& values,
                                   Partial& partial) const {
         const auto sum = [&](int64_t row) { return partial.sum + row * partial.size; };
-        const auto weights = [&](int64_t row) { return scratch.weights + row * LANES; };
         int64_t row = 0;
         if constexpr (std::is_same_v<Given, Addresses<Cache>>)
             if (!open(output, step))  // what a query may not see is not multiplied at all: it may be infinite
