@@ -24,6 +24,9 @@ from attlas.core.mask import Mask
 from attlas.core.spec import Pattern, Spec, Takes
 from attlas.core.state import KVCache, check_keep
 
+SHOWN = 8
+"""How many mechanisms an error names; with all of them it would not be read."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -123,12 +126,17 @@ class Mechanism(nn.Module, ABC):
         return self.__dict__ | {"auxiliary": None}
 
     def _unsupported(self, what: str, **filters: Any) -> Unsupported:
-        able = ", ".join(registry.mechanisms(**filters)) or "none yet"
+        able = registry.mechanisms(**filters)
+        named = ", ".join(able[:SHOWN]) or "none yet"
+        if len(able) > SHOWN:
+            plain = {key: str(value) if isinstance(value, str) else value for key, value in filters.items()}
+            asked = ", ".join(f"{key}={value!r}" for key, value in plain.items())
+            named += f" and {len(able) - SHOWN} more: attlas.mechanisms({asked})"
         spec = self.spec
         return Unsupported(
             f"{spec.name} does not serve {what}. It serves: {', '.join(sorted(spec.patterns))}; grids of "
             f"{' or '.join(map(str, spec.grids))} axes; masks: "
-            f"{', '.join(sorted(spec.masks)) or 'none'}. Mechanisms that do: {able}"
+            f"{', '.join(sorted(spec.masks)) or 'none'}. Mechanisms that do: {named}"
         )
 
     def _check(

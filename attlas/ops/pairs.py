@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Cost, Site, Sizes
-from attlas.ops.softmax import repeat_heads
+from attlas.ops.softmax import blank_padding, repeat_heads
 
 
 def dense_mask(mask: Mask, shape: tuple[int, int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,8 +26,7 @@ def dense_mask(mask: Mask, shape: tuple[int, int, int, int], like: Tensor) -> tu
 
 def weighted_values(weights_BHNM: Tensor, v_BGME: Tensor, mask: Mask) -> Tensor:
     """Σ_m w_nm v_m (B, H, N, E); padding, which may hold anything, even NaN, counts as 0."""
-    if mask.keys is not None:
-        v_BGME = v_BGME.masked_fill(~mask.keys[:, None, :, None], 0)
+    (v_BGME,) = blank_padding(mask.keys, v_BGME)
     return weights_BHNM @ repeat_heads(v_BGME, weights_BHNM.shape[1])
 
 

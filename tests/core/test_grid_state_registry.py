@@ -110,6 +110,15 @@ def test_what_cannot_be_done_is_said_before_any_work():
         attlas.attend(*(torch.zeros(1, 1, 2, 2, dtype=t) for t in (torch.int64,) * 3))
 
 
+def test_an_error_names_a_few_that_can_and_where_to_find_all():
+    with pytest.raises(attlas.core.errors.Unsupported) as caught:
+        attlas.mixer("criss_cross", 8)(torch.randn(1, 6, 8), grid=(6,))
+    named, more = str(caught.value).split("Mechanisms that do: ")[1].split(" and ")
+    able = attlas.mechanisms(grid=1)
+    assert named.split(", ") == able[:8]
+    assert more == f"{len(able) - 8} more: attlas.mechanisms(grid=1)"
+
+
 def test_an_explicit_backend_never_falls_back():
     x = torch.randn(1, 6, 8, dtype=torch.float64)
     with pytest.raises(attlas.core.errors.BackendUnavailable, match="torch: not asked for"):

@@ -34,6 +34,7 @@ forms of meyer and shannon (those of wavelet KANs) are ours where the page leave
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -96,7 +97,7 @@ BASE_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor] | None] = {
 }
 
 
-class Operator(nn.Module):
+class Operator(nn.Module, ABC):
     """One learned operator for each head, on rows of scores over a fixed number of keys.
 
     `weight` (H, M, r) is W; a basis adds the parameters of its functions.
@@ -120,17 +121,24 @@ class Operator(nn.Module):
         y_BHNR = self._sums(scores_BHNM, visible)
         return y_BHNR if self.base is None else y_BHNR + visible(self.base(scores_BHNM)).sum(-1, keepdim=True)
 
+    @abstractmethod
     def _sums(self, x_BHNM: Tensor, visible: Callable[[Tensor], Tensor]) -> Tensor:
-        """Σ_m φ_pm(x_nm), function by function of p."""
-        return torch.stack([visible(self._row(x_BHNM, p)).sum(-1) for p in range(self.shape[2])], -1)
+        """Σ_m φ_pm(x_nm), (B, H, N, r), over the visible m."""
 
-    def _row(self, x_BHNM: Tensor, p: int) -> Tensor:
-        """φ_pm(x_nm) for one p."""
-        raise NotImplementedError
-
+    @abstractmethod
     def edge(self, h: int, p: int, m: int, x: Tensor) -> Tensor:
         """φ_pm(x) of one head, as it is printed."""
-        raise NotImplementedError
+
+
+class _OneByOne(Operator):
+    """Functions that do not factor into products: those of one p after those of another."""
+
+    def _sums(self, x_BHNM: Tensor, visible: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([visible(self._row(x_BHNM, p)).sum(-1) for p in range(self.shape[2])], -1)
+
+    @abstractmethod
+    def _row(self, x_BHNM: Tensor, p: int) -> Tensor:
+        """φ_pm(x_nm) for one p."""
 
 
 def _first(parameter_HMR: Tensor, x_BHNM: Tensor) -> Tensor:
@@ -162,7 +170,7 @@ class _Fourier(Operator):
         return y
 
 
-class _Rational(Operator):
+class _Rational(_OneByOne):
     def __init__(self, heads: int, keys: int, rank: int, base: str | None, degrees: tuple[int, int]) -> None:
         super().__init__(heads, keys, rank, base)
         self.above = nn.Parameter(torch.randn(degrees[0] + 1, *self.shape) * keys**-0.5)
@@ -186,7 +194,7 @@ def _horner(coefficients: tuple[Tensor, ...], x: Tensor) -> Tensor:
     return value
 
 
-class _Wavelet(Operator):
+class _Wavelet(_OneByOne):
     window: Tensor
 
     def __init__(self, heads: int, keys: int, rank: int, base: str | None, name: str) -> None:

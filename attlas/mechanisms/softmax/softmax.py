@@ -16,10 +16,10 @@ Attention", 2025 (arXiv:2510.01817), official code RxAI-dev/RxNN.
 from torch import Tensor
 
 from attlas.core.errors import share
-from attlas.core.mask import Mask
 from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, EVERY_MASK, Example, Spec
+from attlas.ops.pairs import pair_cost
 from attlas.ops.softmax import softmax_attention
 
 SPEC = Spec(
@@ -77,7 +77,4 @@ class Softmax(CachedAttend):
 
     def count(self, sizes: Sizes) -> Cost:
         """Two products per visible pair; the torch backend is counted over all pairs."""
-        batch, heads, size = sizes.batch, self.site.heads, self.site.head_dim
-        mask = Mask(causal=self.site.causal and not sizes.cross)
-        pairs = mask.area(sizes.queries, sizes.keys, batch, heads)
-        return Cost(4 * pairs * size, 4 * batch * heads * sizes.queries * sizes.keys * size, pairs)
+        return pair_cost(self.site, sizes)
