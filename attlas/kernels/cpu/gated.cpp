@@ -92,32 +92,55 @@ struct Rows {
 using Tokens = Rows<const char>;
 using Results = Rows<char>;
 
+// Calls part(row, column, left) for vectors that cover n rows of a width; left is what exists from the column on.
+template <class F>
+ATTLAS_INLINE void for_vectors(int n, int64_t width, F part) {
+    const int64_t whole = width / LANES * LANES;
+    for (int i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < whole; c += LANES) part(i, c, LANES);
+        if (whole < width) part(i, whole, int(width - whole));
+    }
+}
+
+template <class T, class F>
+ATTLAS_INLINE void pack_as(const Tokens& tokens, int64_t t, int n, int64_t first_column, int64_t width, float* rows,
+                           int64_t stride, F change) {
+    for_vectors(n, width, [&](int i, int64_t c, int left) {
+        store(rows + i * stride + c, change(load_first(tokens.row<T>(t + i) + first_column + c, left)));
+    });
+}
+
 void pack(const Tokens& tokens, int64_t t, int n, int64_t first_column, int64_t width, float* rows, int64_t stride) {
-    for (int i = 0; i < n; ++i)
-        for (int64_t c = 0; c < width; c += LANES)
-            store(rows + i * stride + c, tokens.read(t + i, first_column + c, width - c));
+    const auto as_it_is = [](vec x) { return x; };
+    if (tokens.is_bf16) pack_as<bf16>(tokens, t, n, first_column, width, rows, stride, as_it_is);
+    else pack_as<float>(tokens, t, n, first_column, width, rows, stride, as_it_is);
 }
 
 // exp of the gates; one per token becomes one for every channel.
 void pack_gates(const Tokens& gates, bool one, int64_t t, int n, int64_t first_column, int64_t width, float* rows,
                 int64_t stride) {
-    for (int i = 0; i < n; ++i)
-        for (int64_t c = 0; c < width; c += LANES) {
-            const vec g = one ? spread(*gates.row<float>(t + i)) : gates.read(t + i, first_column + c, width - c);
-            store(rows + i * stride + c, exp2(g * LOG2_E));
-        }
+    const auto decay = [](vec g) { return exp2(g * LOG2_E); };
+    if (!one) return pack_as<float>(gates, t, n, first_column, width, rows, stride, decay);
+    for (int i = 0; i < n; ++i) {
+        const vec a = decay(spread(*gates.row<float>(t + i)));
+        for (int64_t c = 0; c < width; c += LANES) store(rows + i * stride + c, a);
+    }
+}
+
+template <class T>
+void write_as(const Results& results, bool adds, int64_t t, int n, int64_t first_column, int64_t width,
+              const float* rows, int64_t stride) {
+    for_vectors(n, width, [&](int i, int64_t c, int left) {
+        T* const to = results.row<T>(t + i) + first_column + c;
+        const vec value = load(rows + i * stride + c);
+        store_first(to, adds ? value + load_first(to, left) : value, left);
+    });
 }
 
 void write(const Results& results, bool adds, int64_t t, int n, int64_t first_column, int64_t width, const float* rows,
            int64_t stride) {
-    for (int i = 0; i < n; ++i)
-        for (int64_t c = 0; c < width; c += LANES) {
-            vec value = load(rows + i * stride + c);
-            const int left = int(width - c);
-            if (adds) value += load_first(results.row<float>(t + i) + first_column + c, left);
-            if (results.is_bf16) store_first(results.row<bf16>(t + i) + first_column + c, value, left);
-            else store_first(results.row<float>(t + i) + first_column + c, value, left);
-        }
+    if (results.is_bf16) write_as<bf16>(results, adds, t, n, first_column, width, rows, stride);
+    else write_as<float>(results, adds, t, n, first_column, width, rows, stride);
 }
 
 // Calls tile(column, vectors) over [0, width): two vectors at a time, and one if one is left.
