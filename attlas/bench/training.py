@@ -52,7 +52,7 @@ def train(job: QualityJob, progress: Progress | None = None) -> QualityResult:
     if min(job.steps, job.batch, job.dim, job.heads, job.layers, job.threads) < 1:
         raise BadInput(f"steps, batch, dim, heads, layers and threads are at least 1, got {job}")
     task = task_named(job.task)(job.length)
-    with _reproducibly(job.seed, job.threads):
+    with reproducibly(job.seed, job.threads):
         model = Network(
             task,
             job.mechanism,
@@ -66,7 +66,7 @@ def train(job: QualityJob, progress: Progress | None = None) -> QualityResult:
             model.parameters(), job.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         start = time.perf_counter()
-        losses = _descend(model, optimizer, task.batches(job.seed, job.batch), job, progress)
+        losses = descend(model, optimizer, task.batches(job.seed, job.batch), job, progress)
         seconds = time.perf_counter() - start
         model.eval()
         value, details = task.evaluate(model)
@@ -84,7 +84,7 @@ def train(job: QualityJob, progress: Progress | None = None) -> QualityResult:
         )
 
 
-def _descend(
+def descend(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
@@ -131,7 +131,7 @@ def _curve(losses: list[float]) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def _reproducibly(seed: int, threads: int) -> Iterator[None]:
+def reproducibly(seed: int, threads: int) -> Iterator[None]:
     """Torch's generator and threads set, and put back behind."""
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):

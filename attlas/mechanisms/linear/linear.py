@@ -20,6 +20,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
+from attlas.ops.elu import elu_plus_one
 from attlas.ops.linear import feature_product, product_flops
 from attlas.ops.precision import wide
 
@@ -45,14 +46,9 @@ class LinearState(NamedTuple):
     sums: Tensor
 
 
-def _features(x: Tensor) -> Tensor:
-    x = wide(x)
-    return F.relu(x) + x.clamp(max=0).exp()  # elu(x) + 1 without rounding to 1 in between
-
-
 def _keys(k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Features of the keys, and the values with a 1 behind them: its sums are the denominators."""
-    k, v = _features(k), F.pad(wide(v), (0, 1), value=1.0)
+    k, v = elu_plus_one(k), F.pad(wide(v), (0, 1), value=1.0)
     if keep is not None:
         real = keep[:, None, :, None]
         k, v = k.where(real, 0), v.where(real, 0)
@@ -77,7 +73,7 @@ class Linear(Attend):
     ) -> tuple[Tensor, LinearState]:
         keys, values = _keys(k, v, mask.keys)
         before = None if state is None else state.sums
-        o, sums = feature_product(_features(q), keys, values, before, causal=mask.causal, backend=self.backend)
+        o, sums = feature_product(elu_plus_one(q), keys, values, before, causal=mask.causal, backend=self.backend)
         return _ratio(o).to(q.dtype), LinearState(sums)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:

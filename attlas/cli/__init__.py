@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import shlex
 import sys
@@ -17,6 +16,8 @@ from rich.table import Table
 
 import attlas
 from attlas.blocks.factory import resolve, settings_of
+from attlas.cli import analyze
+from attlas.cli.settings import by_mechanism, values
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.grid import Grid
 from attlas.core.registry import family_of, mechanism
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="An atlas of attention that you can run.",
 )
+app.add_typer(analyze.app, name="analyze")
 console = Console()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,20 +49,6 @@ def _sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         raise BadInput(f"a size is written as 4096, 14x14 or 8x14x14, got {text!r}") from None
     return Grid(sizes).shape
-
-
-def _values(pairs: list[str]) -> dict[str, Any]:
-    """Settings written as name=value; values are Python literals where they parse as such."""
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise BadInput(f"a setting is written as name=value, got {pair!r}")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[name] = value
-    return settings
 
 
 @app.command("list")
@@ -187,7 +175,7 @@ def explain(
     grid = _grid_for(cls.spec.grids, size)
     causal = causal or all(p.startswith("causal") for p in cls.spec.patterns)
     layer = attlas.mixer(
-        name, dim, heads, causal=causal, grid=grid, length=Grid(grid).tokens, **_values(setting or [])
+        name, dim, heads, causal=causal, grid=grid, length=Grid(grid).tokens, **values(setting or [])
     ).to(DTYPES[dtype])
     x = torch.zeros(batch, Grid(grid).tokens, dim, dtype=DTYPES[dtype])
     console.print(escape(str(attlas.explain(layer, x, grid=grid))), highlight=False)
@@ -243,7 +231,7 @@ def bench(
         dtypes=_list(dtypes),
         causal=PATTERNS[pattern],
         backend=backend,
-        params=_settings(setting),
+        params=by_mechanism(setting or []),
         batch=batch,
         dim=dim,
         heads=heads,
@@ -288,7 +276,7 @@ def compare(
 
     given = {"steps": steps, "length": length, "dim": dim, "layers": layers}
     mechanisms = _names(names)
-    params = _settings(setting)
+    params = by_mechanism(setting or [])
     jobs: list[Any] = [
         *compare_jobs(
             mechanisms,
@@ -376,17 +364,6 @@ def _range(text: str) -> list[tuple[int, ...]]:
             sizes.append((size,))
             size *= 2
     return sizes
-
-
-def _settings(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
-    """agent.agents=16 and the like, by mechanism."""
-    settings: dict[str, dict[str, Any]] = {}
-    for name, value in _values(pairs or []).items():
-        mechanism_name, dot, key = name.partition(".")
-        if not dot:
-            raise BadInput(f"a setting is written as mechanism.name=value, got {name!r}")
-        settings.setdefault(mechanism_name, {})[key] = value
-    return settings
 
 
 def main() -> None:

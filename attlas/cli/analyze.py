@@ -1,0 +1,245 @@
+"""`attlas analyze`: the rank, the sharpness and the memory of mechanisms, as tables and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from attlas.cli.settings import by_mechanism
+from attlas.core.errors import AttlasError, BadInput
+from attlas.core.registry import mechanisms
+
+if TYPE_CHECKING:
+    from attlas.analysis.curves import Panel
+    from attlas.analysis.rank import Ranks
+    from attlas.bench.inputs import Observed
+
+app = typer.Typer(no_args_is_help=True, help="What a mechanism's matrices can do: rank, entropy, capacity.")
+console = Console()
+T = TypeVar("T")
+
+INPUTS = ("random", "text", "digits")
+Names = Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")]
+Input = Annotated[str, typer.Option("--input", help="random, or what a small model learns first: text or digits.")]
+Tokens = Annotated[int, typer.Option(help="Random tokens of a sequence; a square number for 2-D mechanisms.", min=2)]
+Dim = Annotated[int, typer.Option(help="Channels.", min=1)]
+Steps = Annotated[int, typer.Option(help="Of the training, where the input is a task.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of tokens, weights and data.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A mechanism's setting, as rala.kernel=0. May be repeated.")
+]
+Out = Annotated[Path | None, typer.Option(help="Picture to draw, .svg or .png; needs matplotlib.")]
+
+
+@app.command()
+def rank(
+    names: Names = "softmax,sigmoid,linear,lightning",
+    source: Input = "random",
+    sizes: Annotated[str, typer.Option(help="Head sizes: 4..64 (doubling) or 8,24. Each divides --dim.")] = "4..64",
+    tokens: Tokens = 196,
+    dim: Dim = 64,
+    steps: Steps = 100,
+    seed: Seed = 0,
+    setting: Settings = None,
+    out: Out = None,
+) -> None:
+    """Ranks of the N x N matrix that a layer multiplies its values with, and of its output, against the head size."""
+    from attlas.analysis.curves import Panel
+    from attlas.analysis.rank import ranks
+
+    observe = _observer(source, tokens, dim, steps, seed, setting)
+    heads = {size: dim // size for size in _sizes(sizes)}
+    if any(size * count != dim for size, count in heads.items()):
+        raise BadInput(f"head sizes divide dim: {dim} is not a multiple of each of {', '.join(map(str, heads))}")
+
+    def measure(name: str) -> list[Ranks]:
+        rows = []
+        for count in heads.values():
+            layer, x, grid = observe(name, count)
+            rows.append(ranks(layer, x, grid=grid))
+        return rows
+
+    results = _each(names, measure)
+    features = list(heads)
+    panels = [
+        Panel(
+            title,
+            "head size",
+            "rank",
+            {
+                name: (features, [getattr(row, kind) for row in rows])
+                for name, rows in results.items()
+                if getattr(rows[0], kind) is not None
+            },
+            {reference: (features, [features, [dim] * len(features)][reference == "channels"])},
+        )
+        for kind, title, reference in (
+            ("numerical", "numerical rank of the matrix", "head size"),
+            ("effective", "effective rank of the matrix", "head size"),
+            ("output_numerical", "numerical rank of the output", "channels"),
+            ("output_effective", "effective rank of the output", "channels"),
+        )
+    ]
+    _show(panels, features, "size", "{:.1f}")
+    for rows in results.values():
+        if rows[0].refusal:
+            console.print(f"[dim]{escape(rows[0].refusal)}[/dim]", highlight=False)
+    _draw([panels[0], panels[1], panels[3]], out)
+
+
+@app.command()
+def entropy(
+    names: Names = "softmax,sigmoid,linear,lightning",
+    source: Input = "random",
+    norms: Annotated[str, typer.Option(help="Lengths of the queries: 1..32 (doubling) or 1,2.5.")] = "0.5..64",
+    tokens: Tokens = 196,
+    dim: Dim = 64,
+    heads: Annotated[int, typer.Option(help="Heads.", min=1)] = 2,
+    steps: Steps = 100,
+    seed: Seed = 0,
+    setting: Settings = None,
+    out: Out = None,
+) -> None:
+    """Entropy of the rows of a layer's matrix, as a share of even rows, against the length of the queries."""
+    from attlas.analysis.curves import Panel
+    from attlas.analysis.entropy import entropy_by_norm
+
+    lengths = _numbers(norms)
+    observe = _observer(source, tokens, dim, steps, seed, setting)
+
+    def measure(name: str) -> list[float]:
+        layer, x, grid = observe(name, heads)
+        return entropy_by_norm(layer, x, lengths, grid=grid)
+
+    results = _each(names, measure)
+    lines = {name: (lengths, shares) for name, shares in results.items()}
+    panel = Panel("entropy of a row, share of an even one", "length of the query", "entropy", lines, log_y=False)
+    _show([panel], lengths, "|q|", "{:.3f}")
+    _draw([panel], out)
+
+
+@app.command()
+def capacity(
+    names: Names = "pavlovian_*,linear,lightning,softmax",
+    sizes: Annotated[str, typer.Option(help="Head sizes: 8..64 (doubling) or 8,24.")] = "8..64",
+    level: Annotated[float, typer.Option(help="Share of right answers.", min=0.13, max=0.99)] = 0.5,
+    limit: Annotated[int, typer.Option(help="Most pairs that are tried.", min=1)] = 1024,
+    seed: Seed = 0,
+    setting: Settings = None,
+    out: Out = None,
+) -> None:
+    """Pairs of a random key and one of eight values that a head can be asked for, against its size."""
+    from attlas.analysis.capacity import hebbian_pairs, stored_pairs
+    from attlas.analysis.conditioning import exponent, guaranteed_pairs
+    from attlas.analysis.curves import Panel
+
+    features = _sizes(sizes)
+    given = by_mechanism(setting or [])
+
+    def measure(name: str) -> list[int]:
+        params = given.get(name, {})
+        return [stored_pairs(name, size, level=level, limit=limit, seed=seed, **params) for size in features]
+
+    results = _each(names, measure)
+    panel = Panel(
+        f"pairs stored, {level:.0%} retrieved",
+        "head size D",
+        "pairs",
+        {name: (features, pairs) for name, pairs in results.items()},
+        {
+            "Hebb in theory, ∝ D": (features, [hebbian_pairs(size, level) for size in features]),
+            "Hebb, whatever the values": (features, [guaranteed_pairs(size, seed=seed) for size in features]),
+        },
+    )
+    _show([panel], features, "D", "{:.0f}")
+    for name, pairs in results.items():
+        if len(pairs) > 1 and min(pairs) > 0 and max(pairs) < limit:
+            console.print(f"{escape(name)} grows as D^{exponent(features, pairs):.2f}", highlight=False)
+        elif max(pairs) >= limit:
+            console.print(f"{escape(name)} reaches the limit of {limit} pairs: raise --limit", highlight=False)
+    _draw([panel], out)
+
+
+def _observer(
+    source: str, tokens: int, dim: int, steps: int, seed: int, setting: list[str] | None
+) -> Callable[[str, int], Observed]:
+    """A function of a name and a number of heads to a layer and what it reads."""
+    from attlas.bench.inputs import in_trained_model, on_random_tokens
+
+    if source not in INPUTS:
+        raise BadInput(f"input is one of {', '.join(INPUTS)}, got {source!r}")
+    given = by_mechanism(setting or [])
+
+    def observe(name: str, heads: int) -> Observed:
+        params = given.get(name, {})
+        if source == "random":
+            return on_random_tokens(name, dim=dim, heads=heads, tokens=tokens, seed=seed, **params)
+        return in_trained_model(name, source, dim=dim, heads=heads, steps=steps, seed=seed, **params)
+
+    return observe
+
+
+def _each(names: str, measure: Callable[[str], T]) -> dict[str, T]:
+    """What was measured of each; what refuses is left out with its reason. Where all refuse that is an error."""
+    results, reasons = {}, {}
+    for name in mechanisms(names):
+        try:
+            results[name] = measure(name)
+        except AttlasError as error:
+            reasons[name] = error
+            console.print(f"[dim]left out: {escape(str(error))}[/dim]", highlight=False)
+    if not results:
+        raise next(iter(reasons.values()))
+    return results
+
+
+def _show(panels: Sequence[Panel], columns: Sequence[float], what: str, number: str) -> None:
+    for panel in panels:
+        console.print(f"[bold]{panel.title}[/bold]", highlight=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("mechanism", no_wrap=True)
+        for column in columns:
+            table.add_column(f"{what} {column:g}", justify="right", no_wrap=True)
+        for rows, style in ((panel.lines, None), (panel.references, "dim")):
+            for name, (_, values) in rows.items():
+                table.add_row(escape(name), *(number.format(value) for value in values), style=style)
+        console.print(table)
+
+
+def _draw(panels: Sequence[Panel], out: Path | None) -> None:
+    if out is not None:
+        from attlas.analysis.curves import draw_curves
+
+        draw_curves(panels, out)
+        console.print(f"picture: [bold]{escape(str(out))}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _sizes(text: str) -> list[int]:
+    """Whole numbers written as by `_numbers`."""
+    found = _numbers(text)
+    if any(number % 1 for number in found):
+        raise BadInput(f"sizes are whole numbers, got {text!r}")
+    return [int(number) for number in found]
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers separated by commas; 4..64 doubles from the first to the last."""
+    found: list[float] = []
+    try:
+        for part in text.split(","):
+            first, dots, last = part.partition("..")
+            found.append(float(first))
+            while dots and 0 < 2 * found[-1] <= float(last):
+                found.append(2 * found[-1])
+    except ValueError:
+        raise BadInput(f"numbers are written as 4..64 or 8,24, got {text!r}") from None
+    if not all(0 < number < math.inf for number in found):
+        raise BadInput(f"numbers are positive, got {text!r}")
+    return found

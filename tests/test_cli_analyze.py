@@ -1,0 +1,96 @@
+"""`attlas analyze`, as a user types it."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from attlas import cli
+from attlas.cli import analyze
+from attlas.core.errors import BadInput, UnknownName, Unsupported
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run `attlas analyze` with these arguments; returns what was printed."""
+    monkeypatch.setattr(analyze, "console", cli.Console(width=200))
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli.app, ["analyze", *map(str, arguments)])
+        if result.exception is not None:
+            raise result.exception
+        return result.output
+
+    return run
+
+
+def row(text, title, name):
+    """The numbers behind a name in the table of that title."""
+    table = text.partition(title)[2]
+    return [float(value) for value in re.search(rf"^{name} +(.*)$", table, re.MULTILINE)[1].split()]
+
+
+SMALL = ("--tokens", 36, "--dim", 16)
+
+
+def test_rank_tells_softmax_from_linear_and_says_what_has_no_matrix(run, tmp_path):
+    text = run("rank", "softmax,linear,pool", "--sizes", "4..16", *SMALL, "--out", tmp_path / "rank.svg")
+    assert row(text, "numerical rank of the matrix", "linear") == [4, 8, 16]
+    assert min(row(text, "numerical rank of the matrix", "softmax")) > 20
+    assert row(text, "numerical rank of the output", "pool") == [16, 16, 16]
+    assert "pool mixes tokens by itself" in text
+    assert "head size" in (tmp_path / "rank.svg").read_text()
+
+
+def test_rank_in_a_trained_model(run):
+    text = run("rank", "softmax", "--input", "digits", "--steps", 2, "--sizes", "8", "--dim", 16)
+    assert row(text, "numerical rank of the matrix", "softmax")[0] > 8
+
+
+def test_entropy_falls_for_softmax_alone(run, tmp_path):
+    text = run("entropy", "softmax,pavlovian_hebb", "--norms", "1,32", *SMALL, "--out", tmp_path / "entropy.png")
+    first, last = row(text, "entropy of a row", "softmax")
+    assert last < 0.8 * first
+    first, last = row(text, "entropy of a row", "pavlovian_hebb")
+    assert first == last
+    assert (tmp_path / "entropy.png").stat().st_size > 1000
+
+
+def test_what_refuses_is_left_out_and_alone_is_an_error(run):
+    text = run("entropy", "softmax,pool", "--norms", "1", *SMALL)
+    assert "left out: pool mixes tokens by itself" in text
+    with pytest.raises(Unsupported, match="pool mixes tokens by itself"):
+        run("entropy", "pool", *SMALL)
+
+
+def test_settings_reach_the_mechanism(run):
+    with pytest.raises(BadInput, match="rate times decay"):
+        run("entropy", "pavlovian_oja", "--set", "pavlovian_oja.decay=3", *SMALL)
+
+
+def test_capacity_is_shown_against_theory(run, tmp_path):
+    text = run(
+        "capacity", "pavlovian_hebb,softmax", "--sizes", "8,16", "--limit", 96, "--out", tmp_path / "capacity.svg"
+    )
+    measured, theory = row(text, "pairs stored", "pavlovian_hebb"), row(text, "pairs stored", "Hebb in theory, ∝ D")
+    assert measured == pytest.approx(theory, rel=0.2)
+    assert "pavlovian_hebb grows as D^" in text
+    assert "softmax reaches the limit of 96 pairs" in text
+    assert "Hebb in theory" in (tmp_path / "capacity.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("rank", "softmax", "--sizes", "6", *SMALL), BadInput, "head sizes divide dim"),
+        (("rank", "softmax", "--sizes", "4.5", *SMALL), BadInput, "sizes are whole numbers"),
+        (("rank", "softmax", "--input", "images"), BadInput, "input is one of random, text, digits"),
+        (("entropy", "softmax", "--norms", "few"), BadInput, "numbers are written as 4..64"),
+        (("entropy", "softmax", "--norms", "-1"), BadInput, "numbers are positive"),
+        (("capacity", "sofmax"), UnknownName, "did you mean 'softmax'"),
+        (("entropy", "softmax", "--norms", "1", *SMALL, "--out", "a.pdf"), BadInput, r"\.svg or \.png"),
+    ],
+)
+def test_mistakes_are_named(run, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run(*arguments)
