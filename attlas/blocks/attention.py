@@ -155,10 +155,11 @@ class Attention(Mixer):
         return self._merge(o, x_BNC), AttentionState(inner, state.position + x_BNC.shape[1])
 
 
-class _SimpleRMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps), without a weight."""
+class SimpleRMSNorm(nn.Module):
+    """x / √(mean x² + 1e-6) over the last axis, without a weight."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
         return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -167,7 +168,7 @@ def _norm(name: str | None, size: int) -> nn.Module:
         None: nn.Identity,
         "layer": lambda: nn.LayerNorm(size),
         "rms": lambda: nn.RMSNorm(size, eps=1e-6),
-        "simple_rms": _SimpleRMSNorm,
+        "simple_rms": SimpleRMSNorm,
     }
     if name not in kinds:
         raise BadInput(f"a norm is one of {', '.join(map(repr, kinds))}, got {name!r}")

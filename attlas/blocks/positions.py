@@ -34,20 +34,29 @@ class Position(nn.Module):
 
 
 class Rotary(Position):
-    """Rotary embedding: feature pairs (i, i + D/2) turn by position / base^(2i / D).
+    """Rotary embedding: feature pairs (i, i + R/2) turn by position / base^(2i / R).
+
+    Args:
+        head_dim: D.
+        base: of the wavelengths.
+        features: R, the first features, which turn; the others stay. All by default.
 
     Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), halves layout as in Llama.
     """
 
-    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+    def __init__(self, head_dim: int, base: float = 10000.0, features: int | None = None) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise BadInput(f"rotary positions turn pairs of features; the head size {head_dim} is odd")
-        self.head_dim, self.base = head_dim, base
+        features = head_dim if features is None else features
+        if features % 2:
+            what = "the head size" if features == head_dim else "features ="
+            raise BadInput(f"rotary positions turn pairs of features; {what} {features} is odd")
+        if not 0 <= features <= head_dim:
+            raise BadInput(f"of a head size of {head_dim} at most as many features turn, got {features}")
+        self.head_dim, self.base, self.features = head_dim, base, features
 
     def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
         """Turn the pairs."""
-        return rotate(x_BHND, start, base=self.base)
+        return rotate(x_BHND, start, features=self.features, base=self.base)
 
 
 class PartRotary(Position):
@@ -69,6 +78,32 @@ class PartRotary(Position):
             raise BadInput(f"parts of {self.sizes} features do not make a head size of {x_BHND.shape[-1]}")
         parts = zip(self.rotaries, x_BHND.split(self.sizes, -1), strict=True)
         return torch.cat([rotary.rotate(part, start) for rotary, part in parts], -1)
+
+
+class LRPE(Position):
+    """Linearised relative positions: x becomes [x cos(θ t), x sin(θ t)], of twice the head size.
+
+    The product of a query at t and a key at j is then Σ_i q_i k_i cos(θ_i (t - j)), and stays one of features that
+    linear attention can sum. θ is learned, an angle for each head and feature, at first 10000^(-2i / C) for feature i
+    of all C = H D.
+
+    Args:
+        heads: H.
+        head_dim: D.
+
+    Source: Qin et al., "Linearized Relative Positional Encoding", 2023 (arXiv:2307.09270), as in TransNormerLLM.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.theta = nn.Parameter(10000.0 ** (-2 / width * torch.arange(width)).reshape(heads, 1, head_dim))
+
+    def rotate(self, x_BHND: Tensor, start: int) -> Tensor:
+        """Double the features."""
+        place_N1 = torch.arange(start, start + x_BHND.shape[2], device=x_BHND.device).double().unsqueeze(1)
+        angle_HND = self.theta.double() * place_N1
+        return torch.cat([x_BHND * angle_HND.cos().to(x_BHND.dtype), x_BHND * angle_HND.sin().to(x_BHND.dtype)], -1)
 
 
 class ALiBi(Position):

@@ -83,6 +83,18 @@ def test_competition_and_allocation_weigh_every_pair():
     assert torch.allclose(attlas.attend(q, k, v, "flow", clamp=math.inf), expected, atol=1e-12)
 
 
+def test_parameters_of_the_published_image_model():
+    """Four stages; a scale on the channel mixer's path alone; one map of positions behind the stem."""
+    dims, depths = (96, 192, 384, 768), (3, 3, 10, 3)
+    total = 3 * 4**2 * 96 + 96 + 56**2 * 96 + 2 * 768 + 768 * 1000 + 1000
+    for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        layer = attlas.mixer("flow", dim, 12)
+        total += depth * (sum(p.numel() for p in layer.parameters()) + 4 * dim + 8 * dim**2 + 5 * dim + dim)
+        if stage:
+            total += 2**2 * dims[stage - 1] * dim + dim
+    assert round(total / 1e6, 2) == 43.31
+
+
 def test_what_has_no_meaning_is_refused():
     q, k, v = random_qkv(3, 5)
     with pytest.raises(BadInput, match="3 queries and 5 keys"):

@@ -15,6 +15,10 @@ nor the convolution. In cross-attention keys lie on no grid that we know, so Bâ‚
 has no weight as a key, no share in an agent's mean, is 0 to the convolution and gets nothing from it; an
 agent with only padding in its cell is seen by nobody. So a sequence of padding alone gives 0.
 
+With `reduction` r, as in PVT, keys and values lie on a grid r times coarser that the shell around makes (see
+`attlas.blocks.spatial_reduction`): Bâ‚ is over that grid, and values are stretched linearly to the queries' before
+the convolution. Agent-Swin serves a window as large as the map: that is this layer as it is.
+
 Time O(N n D H), memory O(N n H), linear in N.
 
 Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention", 2023
@@ -28,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attlas.core.errors import BadInput, share
+from attlas.core.errors import BadInput, Unsupported, share
 from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
@@ -125,6 +129,7 @@ class Agent(Attend):
         agents: how many; each axis of the grid has equally many cells, so on two axes a square number.
         table: places of the bias tables on each axis; 0 for no biases at all.
         kernel: taps of the depthwise convolution on each axis, odd; 0 for no convolution.
+        reduction: how many times fewer keys than queries there are on each axis.
         scale: of both scores; D ** -0.5 by default.
         weight_dropout: share of the weights dropped in training, in both attentions.
     """
@@ -137,6 +142,7 @@ class Agent(Attend):
         agents: int = 49,
         table: int = 7,
         kernel: int = 3,
+        reduction: int = 1,
         scale: float | None = None,
         weight_dropout: float = 0.0,
     ) -> None:
@@ -145,7 +151,10 @@ class Agent(Attend):
             raise BadInput(f"agents is at least 1 and table at least 0, got {agents} and {table}")
         if kernel < 0 or (kernel and kernel % 2 == 0):
             raise BadInput(f"the convolution is centred, so its kernel is odd (or 0 for none), got {kernel}")
+        if reduction < 1:
+            raise BadInput(f"reduction is at least 1, as many keys as queries, got {reduction}")
         self.agents = agents
+        self.reduction = reduction
         self.kernel = kernel
         self.scale = scale
         self.weight_dropout = share("weight_dropout", weight_dropout)
@@ -157,7 +166,7 @@ class Agent(Attend):
                 "agent fits its position biases and its convolution to the grid that it is trained on: pass "
                 "grid=(height, width) when building it, or table=0 and kernel=0 to go without"
             )
-        self.key_places = _Places(site.heads, agents, table, grid) if grid and table else None
+        self.key_places = _Places(site.heads, agents, table, self._key_grid(grid)) if grid and table else None
         self.query_places = _Places(site.heads, agents, table, grid) if grid and table else None
         self.convolution: nn.Module | None = None
         if grid and kernel:
@@ -176,6 +185,16 @@ class Agent(Attend):
             f"is no such number: take {max(below, 1) ** grid.rank} or {(below + 1) ** grid.rank}"
         )
 
+    def _key_grid(self, grid: Grid) -> Grid:
+        """How the keys of self-attention lie."""
+        if self.reduction == 1:
+            return grid
+        if grid.prefix:
+            raise Unsupported(f"tokens without a position are not reduced with the others: no prefix, got a {grid}")
+        if min(grid.shape) < self.reduction:
+            raise BadInput(f"a {grid} cannot be reduced by {self.reduction} on each axis")
+        return Grid(tuple(length // self.reduction for length in grid.shape))
+
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Pool, gather, read, convolve."""
         self._check_call(q_BHND, k_BHMD, v_BHMD, call)
@@ -188,11 +207,13 @@ class Agent(Attend):
 
     def _check_call(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         trained, grid = self.site.grid, call.grid
-        if not call.cross and q.shape[2] != k.shape[2]:
+        if not call.cross and k.shape[2] != self._key_grid(grid).tokens:
             raise BadInput(
-                f"agent lays queries and keys on one grid, got {q.shape[2]} queries and {k.shape[2]} keys; "
-                "keys of another sequence need cross=True"
+                f"agent lays queries and keys on one grid{self._reduced()}, got {q.shape[2]} queries and "
+                f"{k.shape[2]} keys; keys of another sequence need cross=True"
             )
+        if self.reduction > 1 and (call.mask.keys is not None or call.mask.queries is not None):
+            raise Unsupported("agent with a reduction takes no padding: a reduced key is made of several tokens")
         learned = self.key_places is not None or self.convolution is not None
         if learned and trained and (grid.rank, grid.prefix) != (trained.rank, trained.prefix):
             raise BadInput(
@@ -201,6 +222,9 @@ class Agent(Attend):
             )
         if self.convolution is not None and v.shape[3] != self.site.head_dim:
             raise BadInput(f"the convolution was built for values of {self.site.head_dim} features, got {v.shape[3]}")
+
+    def _reduced(self) -> str:
+        return "" if self.reduction == 1 else f", the keys' {self.reduction} times coarser on each axis"
 
     def _pool(self, q_BHND: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """The mean of the real queries of each cell, and which agents (B, n) have any."""
@@ -221,7 +245,7 @@ class Agent(Attend):
         if self.key_places is None or self.query_places is None:
             return None, None
         read = self.query_places(call.grid).transpose(1, 2).unsqueeze(0)
-        return None if call.cross else self.key_places(call.grid).unsqueeze(0), read
+        return None if call.cross else self.key_places(self._key_grid(call.grid)).unsqueeze(0), read
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         dropout = self.weight_dropout if self.training else 0.0
@@ -229,7 +253,7 @@ class Agent(Attend):
 
     def _convolve(self, v_BHND: Tensor, call: Call) -> Tensor:
         """DWC(v), 0 for prefix tokens."""
-        v_BCS, real_B1S = _map(v_BHND, call.grid), None
+        v_BCS, real_B1S = self._stretched(v_BHND, call.grid), None
         if call.mask.keys is not None:
             real_B1S = _map(call.mask.keys[:, None, :, None], call.grid)
             v_BCS = v_BCS.where(real_B1S, 0)
@@ -241,6 +265,11 @@ class Agent(Attend):
         if real_B1S is not None:
             local_BCS = local_BCS.where(real_B1S, 0)
         return F.pad(_tokens(local_BCS, v_BHND.shape[1]), (0, 0, call.grid.prefix, 0))
+
+    def _stretched(self, v_BHMD: Tensor, grid: Grid) -> Tensor:
+        """The values as a picture on the queries' grid."""
+        v_BCS = _map(v_BHMD, self._key_grid(grid))
+        return v_BCS if self.reduction == 1 else _resize(v_BCS, grid.shape)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Cells by their borders, the two attentions as one N x M matrix, the convolution tap by tap."""
@@ -274,7 +303,7 @@ class Agent(Attend):
         stride_R = places_SR.new_tensor([self.kernel**axis for axis in reversed(range(grid.rank))])
         taps_CSS = weight.flatten(1)[:, (tap_SSR * stride_R).sum(-1) * near_SS] * near_SS
         real_B1S = keys_BN[:, None, grid.prefix :]
-        v_BCS = _map(v_BHMD, grid).flatten(2) * real_B1S
+        v_BCS = self._stretched(v_BHMD, grid).flatten(2) * real_B1S
         local_BCS = torch.einsum("cnm,bcm->bcn", taps_CSS, v_BCS) + bias[:, None]
         return o_BHND + F.pad(_tokens(local_BCS * real_B1S, v_BHMD.shape[1]), (0, 0, grid.prefix, 0))
 

@@ -107,5 +107,7 @@ class Lightning(Attend):
         self, q: Tensor, k: Tensor, v: Tensor, state: LightningState, keep: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor, LightningState]:
         """The recurrence, from the state before the segment."""
-        o, sums = self._attend(q, k, v, state.sums, keep)
+        # Positions may give keys more features than the state was made for: nothing is in their rows yet.
+        sums = F.pad(state.sums, (0, 0, 0, k.shape[3] - state.sums.shape[2]))
+        o, sums = self._attend(q, k, v, sums, keep)
         return o, LightningState(sums)
