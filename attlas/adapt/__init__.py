@@ -1,5 +1,5 @@
 """Attlas in models that exist."""
 
-from attlas.adapt import multihead, rescale, upcycle
+from attlas.adapt import function_space, multihead, rescale, upcycle
 
-__all__ = ["multihead", "rescale", "upcycle"]
+__all__ = ["function_space", "multihead", "rescale", "upcycle"]
