@@ -18,6 +18,7 @@ conditions.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -308,7 +309,10 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "machine": here,
         "ratios, quartiles": found,
-        "pays off from": {name: [x.lower, x.length, x.upper] for name, x in pays_off.items()},
+        "pays off from": {
+            name: ["never" if math.isinf(tokens) else tokens for tokens in (x.lower, x.length, x.upper)]
+            for name, x in pays_off.items()
+        },
         "exponents": exponents,
         "memory over output": over_output,
         "seconds of the lengths": {
@@ -319,7 +323,7 @@ def main() -> None:
     }
     path = Path(__file__).parent / "results" / f"linear-threads{arguments.threads}-{kind}-memory-torch{version}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1).replace("Infinity", '"never"') + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{path}")
 
 

@@ -137,7 +137,10 @@ def ending_at(model: MgNO, level: int) -> MgNO:
 
 @torch.no_grad()
 def classical(interior: int, residual: bool, cycles: int = 8) -> list[float]:
-    """Relative residuals of −Δu = f under cycles of damped Jacobi, full weighting and bilinear interpolation."""
+    """Relative residuals of −Δu = f under cycles of damped Jacobi, full weighting and bilinear interpolation.
+
+    The border is on the grid and held at 0 as a hole is, so that it lies at the same place on every level.
+    """
     length = interior + 2
     levels = (length - 1).bit_length() - 1
     steps = [(2, 2)] * (levels - 1) + [(2, 0)]
@@ -150,10 +153,10 @@ def classical(interior: int, residual: bool, cycles: int = 8) -> list[float]:
             parameter[0, 0] = stencil
         elif ".smoother" in name:
             parameter[0, 0, 1, 1] = 0.8 / 4
-        elif ".restrict" in name or ".prolong" in name:
+        elif ".restrict" in name or ".prolong" in name:  # full weighting, times 4 as spacing doubles
             parameter[0, 0, :3, :3] = hat[:, None] * hat
     cycle, stencil = cycle.double(), stencil.double()
-    keep = F.pad(torch.ones(1, 1, interior, interior, dtype=torch.bool), (1, 1, 1, 1))  # the border is a hole
+    keep = F.pad(torch.ones(1, 1, interior, interior, dtype=torch.bool), (1, 1, 1, 1))
     f = torch.randn(1, 1, length, length, dtype=torch.float64) * keep
     u, norms = torch.zeros_like(f), []
     for _ in range(cycles + 1):

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 import attlas
 from attlas import cli
+from attlas.cli.settings import read_grids
 
 
 @pytest.fixture
@@ -64,3 +65,15 @@ def test_a_users_mistake_is_one_line(monkeypatch, capsys):
         cli.main()
     assert stopped.value.code == 2
     assert "did you mean 'softmax'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "grids"),
+    [
+        ("256..2000", [(256,), (512,), (1024,)]),
+        ("7..7, 14x14,8X14x14,", [(7,), (14, 14), (8, 14, 14)]),
+        ("512,1000,512", [(512,), (1000,)]),
+    ],
+)
+def test_sizes_are_numbers_grids_and_ranges(text, grids):
+    assert read_grids(text) == grids

@@ -63,6 +63,17 @@ def test_what_refuses_is_left_out_and_alone_is_an_error(run):
         run("entropy", "pool", *SMALL)
 
 
+def test_variants_are_mechanisms_too(run):
+    text = run("rank", "softmax:gqa,softmax", "--sizes", "4", *SMALL)
+    assert row(text, "numerical rank of the matrix", "softmax:gqa") > [20]
+
+
+def test_the_ranks_are_held_against_the_head_and_the_channels(run):
+    text = run("rank", "linear", "--sizes", "4..9", *SMALL)
+    assert row(text, "numerical rank of the matrix", "head size") == [4, 8]
+    assert row(text, "effective rank of the output", "channels") == [16, 16]
+
+
 def test_settings_reach_the_mechanism(run):
     with pytest.raises(BadInput, match="rate times decay"):
         run("entropy", "pavlovian_oja", "--set", "pavlovian_oja.decay=3", *SMALL)
@@ -87,6 +98,17 @@ def test_capacity_is_shown_against_theory(run, tmp_path):
         (("rank", "softmax", "--input", "images"), BadInput, "input is one of random, text, digits"),
         (("entropy", "softmax", "--norms", "few"), BadInput, "numbers are written as 4..64"),
         (("entropy", "softmax", "--norms", "-1"), BadInput, "numbers are positive"),
+        (("entropy", "softmax", "--norms", "nan"), BadInput, "numbers are positive"),
+        (("entropy", "softmax", "--norms", "1..nan"), BadInput, "numbers are positive"),
+        (("entropy", "softmax", "--norms", ""), BadInput, "names at least one"),
+        (("rank", "softmax", "--sizes", "4..inf"), BadInput, r"positive and finite, .* got '4\.\.inf'"),
+        (("rank", "softmax", "--sizes", "64..4"), BadInput, r"a range rises, got '64\.\.4'"),
+        (("rank", "softmax", "--set", "rala.kernel=0"), BadInput, "settings for rala, but asked for are softmax"),
+        (("entropy", "softmax", "--set", "softmax:gqa.scale=1"), BadInput, "settings for softmax:gqa"),
+        (("capacity", "softmax", "--set", "sofmax.scale=1"), BadInput, "settings for sofmax"),
+        (("capacity", "softmax:gqa"), BadInput, "sets head counts of a layer"),
+        (("rank", "softmax:gpa"), BadInput, "softmax has no variant 'gpa'"),
+        (("rank", ""), BadInput, "names at least one"),
         (("capacity", "sofmax"), UnknownName, "did you mean 'softmax'"),
         (("entropy", "softmax", "--norms", "1", *SMALL, "--out", "a.pdf"), BadInput, r"\.svg or \.png"),
     ],

@@ -13,8 +13,11 @@ became of it. With s the ratio of a grid to the one that the model was trained o
     transposed convolution   the input goes to the base grid, the output back from it
     pooling windows          grow by s, stride stays; border and padding are no part of a mean
     tables of a grid         are read as functions of coordinates
-    fixed output sizes       grow by s
+    fixed output sizes       of an upsampling grow by s; adaptive pools are left unless they give a single cell
     pointwise layers, norms  stay: means over equal cells are integrals, as softmax over them is
+
+Layers whose class has a `forward` of its own are left, even where it derives from one of these, and so are layers whose
+weight is parametrized: nothing tells what they would be on another grid.
 
 H and W may differ, and so may their ratios. On coarser grids than its own a network loses what they cannot hold, first
 of all the fine structure of its kernels. Not seen are operations in a `forward` that no module stands for: a
@@ -25,8 +28,8 @@ of all the fine structure of its kernels. Not seen are operations in a `forward`
 Source: Berner et al., "Principled Approaches for Extending Neural Architectures to Function Spaces for Operator
 Learning", 2025 (arXiv:2506.10973), official code neuraloperator/NNs-to-NOs, from which differ: pooling, which it
 leaves; circular padding and the like, which it turns into zeros; kernels, paddings and strides that would shift the
-output by a part of a cell, or give it another size, which it does not align; and the highest frequency of even grids,
-which here parts so that a finer grid holds the same values.
+output by a part of a cell, or give it another size, which it does not align; and Fourier resampling, which here takes
+points for the middles of cells and parts the highest frequency of even grids.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from attlas.blocks.attention import Attention
 from attlas.blocks.function_space import (
@@ -51,6 +55,7 @@ from attlas.blocks.function_space import (
 from attlas.blocks.positions import Position
 from attlas.core.errors import BadInput
 from attlas.core.mechanism import Mechanism
+from attlas.mechanisms.conv.mgno import VCycle
 from attlas.ops.quadrature import relative_l2
 from attlas.ops.resample import check_mode, resample
 
@@ -80,6 +85,22 @@ CELLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 OPERATORS = (SpectralConv2d, DifferentialConv2d, LocalIntegral, CoordinateMap)
 INTEGRAL_ATTENTION = frozenset({"softmax", "function_space", "galerkin"})
 """Mechanisms whose sums over equal cells are integrals."""
+KNOWN = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.Upsample,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.MultiheadAttention,
+    LearnedMap,
+    *POINTWISE,
+    *MEANS,
+    *CELLS,
+    *OPERATORS,
+)
+"""Layers that are judged by their class."""
 
 
 class Change(NamedTuple):
@@ -119,6 +140,10 @@ class _Ratio:
 
 class FunctionSpace(nn.Module):
     """A model as an operator; `convert` makes it.
+
+    All its layers share the ratio of the call in progress, so whatever runs a layer again later must come before a
+    call on another grid: with `torch.utils.checkpoint`, go backward through one resolution before the next goes
+    forward. Nor may two threads call one operator on different grids.
 
     Attributes:
         model: the converted network. Its state dict has the names and values that the original's has.
@@ -206,6 +231,8 @@ class _Converter:
         if id(module) in self.made:
             return self.made[id(module)]
         verdict, how = self._judge(module)
+        if verdict == "converted" and is_parametrized(module):
+            verdict, how = "left", "parametrized: convert it when the parametrization has been removed"
         if not verdict and module._parameters:
             own = ", ".join(module._parameters)
             self._note(path, module, "left", f"parameters of its own that its forward alone knows: {own}")
@@ -223,9 +250,12 @@ class _Converter:
 
     def _judge(self, module: nn.Module) -> tuple[str, str]:
         """The verdict and how or why; nothing where the layers inside are to be looked at."""
+        kind = next((kind for kind in type(module).__mro__ if kind in KNOWN), None)
+        if kind is not None and _own_forward(module, kind):
+            return "left", f"a {kind.__name__} with a forward of its own"
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == (1, 1) and not _padded(module):
+            return "kept", "pointwise"
         if isinstance(module, nn.Conv2d):
-            if module.kernel_size == (1, 1):
-                return "kept", "pointwise"
             return "converted", f"kernel of {_by(module.kernel_size)} resampled, with quadrature"
         if isinstance(module, nn.ConvTranspose2d):
             return "converted", "on the base grid, between interpolations"
@@ -246,13 +276,16 @@ class _Converter:
             return "kept", "an operator"
         if isinstance(module, LearnedMap):
             return "converted", "table read by coordinates"
-        for kinds, how in (
-            (POINTWISE, "pointwise"),
-            (MEANS, "means over equal cells are integrals"),
-            (CELLS, "cells are shares of the domain"),
-        ):
-            if isinstance(module, kinds):
-                return "kept", how
+        if isinstance(module, VCycle):
+            return "left", "its strides and steps count cells"
+        if isinstance(module, CELLS):
+            if set(_two(module.output_size)) <= {1, None}:
+                return "kept", "the whole of an axis is the whole of the domain"
+            return "left", f"always {_by(module.output_size)} cells, while what follows is taken to become finer"
+        if isinstance(module, POINTWISE):
+            return "kept", "pointwise"
+        if isinstance(module, MEANS):
+            return "kept", "means over equal cells are integrals"
         if isinstance(module, nn.MultiheadAttention):
             return "kept", "softmax over equal cells is an integral"
         if isinstance(module, Mechanism):
@@ -279,6 +312,19 @@ class _Converter:
         return new
 
 
+def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer computes something else than the known layer that it derives from."""
+    own = type(module)
+    return any(
+        name in vars(module) or getattr(own, name, None) is not getattr(kind, name, None)
+        for name in ("forward", "_conv_forward")
+    )
+
+
+def _padded(conv: nn.Conv2d) -> bool:
+    return not isinstance(conv.padding, str) and any(conv.padding)
+
+
 def _judge_mechanism(module: Mechanism) -> tuple[str, str]:
     name = module.spec.name
     if not isinstance(module, Attention) or name not in INTEGRAL_ATTENTION:
@@ -289,12 +335,12 @@ def _judge_mechanism(module: Mechanism) -> tuple[str, str]:
 
 
 def _by(size: Any) -> str:
-    height, width = size if isinstance(size, tuple) else (size, size)
+    height, width = _two(size)
     return f"{height} x {width}"
 
 
 def _two(value: Any) -> tuple[int, int]:
-    return value if isinstance(value, tuple) else (value, value)
+    return (value[0], value[1]) if isinstance(value, list | tuple) else (value, value)
 
 
 def _floor(x: float) -> int:
@@ -397,7 +443,13 @@ def _windows(pool: nn.AvgPool2d | nn.MaxPool2d, x: Tensor, ratio: tuple[float, f
     spans = []
     for i, s in enumerate(ratio):
         taps = max(round(s * kernel[i]), min(kernel[i], stride[i]))  # on coarser grids it leaves nothing out
-        spans.append(_span(x.shape[2 + i], s, taps, kernel[i], stride[i], 1, (padding[i], padding[i])))
+        span = _span(x.shape[2 + i], s, taps, kernel[i], stride[i], 1, (padding[i], padding[i]))
+        # Every window holds a point of the domain: where rounding leaves one outside, all shift, and grow if they must.
+        total = span.before + span.behind
+        more = max(0, total - 2 * (taps - 1))
+        taps, total = taps + more, total + more
+        before = min(max(span.before, total - (taps - 1)), taps - 1)
+        spans.append(_Span(taps, before, total - before))
     return spans
 
 

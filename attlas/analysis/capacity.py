@@ -2,7 +2,8 @@
 
 Pairs of a random key and one of a few orthogonal values are given to one head; asked with a stored key, it is right if
 the largest feature of its output is that of the stored value. A sum of values times keys (Hebb's rule) stores a number
-proportional to D, a rule that corrects itself more, and softmax, which keeps every key, many more.
+proportional to D. Rules that fade, or that overwrite old pairs to correct themselves, store about as many or fewer of
+pairs that are shown once. Softmax, which keeps every key, stores a number that grows much faster than D.
 
 Keys have length sqrt(D), as features of unit variance have, and a query is a key.
 
@@ -18,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attlas.analysis.conditioning import random_keys
-from attlas.blocks.factory import make_attend
+from attlas.analysis.conditioning import at_least_one, random_keys
+from attlas.blocks.factory import make_attend, resolve
 from attlas.core.errors import BadInput
 from attlas.core.mechanism import Attend
-from attlas.core.registry import mechanism
 from attlas.core.spec import Pattern
 
 CLASSES = 8
@@ -34,6 +34,7 @@ def retrieved(attend: Attend, pairs: int, *, probes: int = 32, memories: int = 4
 
     A causal attend reads the pairs as a sequence; the query at its end is the probe.
     """
+    at_least_one(pairs=pairs, probes=probes, memories=memories)
     size = attend.site.head_dim
     if attend.site.heads != 1 or size < CLASSES:
         raise BadInput(
@@ -68,17 +69,21 @@ def stored_pairs(name: str, size: int, *, level: float = 0.5, limit: int = 2048,
     Args:
         name: of a mechanism that is a function of queries, keys and values.
         size: features of a head.
-        level: share of right answers; 1 / CLASSES is guessing.
+        level: share of right answers, above 1 / CLASSES, which is guessing.
         limit: where to stop looking.
         seed: of the pairs, and of what a mechanism has to learn.
         **params: of the mechanism.
     """
-    causal = Pattern.NONCAUSAL_SELF not in mechanism(name).spec.patterns
+    at_least_one(limit=limit)
+    if not 1 / CLASSES < level <= 1:
+        raise BadInput(f"level is a share of right answers above guessing, 1 / {CLASSES}, got {level}")
+    causal = Pattern.NONCAUSAL_SELF not in resolve(name)[0].spec.patterns
 
     def holds(pairs: int) -> bool:
-        torch.manual_seed(seed)
-        attend = make_attend(name, 1, size, causal=causal, length=pairs, **params).eval()
-        return retrieved(attend, pairs, seed=seed) >= level
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            attend = make_attend(name, 1, size, causal=causal, length=pairs, **params).eval()
+            return retrieved(attend, pairs, seed=seed) >= level
 
     return largest(holds, limit)
 

@@ -63,7 +63,7 @@ def capacity_curve(
         memories: over how many memories to average.
         seed: of keys and outcomes.
     """
-    _at_least_one(classes=classes, memories=memories, size=min(sizes, default=0), pairs=min(pairs, default=0))
+    at_least_one(classes=classes, memories=memories, size=min(sizes, default=0), pairs=min(pairs, default=0))
     generator = torch.Generator().manual_seed(seed)
     curve = []
     for size in sizes:
@@ -84,7 +84,7 @@ def capacity_curve(
 
 def guaranteed_pairs(size: int, *, memories: int = 16, seed: int = 0) -> float:
     """How many random keys can be stored, on average, so that no signs of the values make any recall fail."""
-    _at_least_one(size=size, memories=memories)
+    at_least_one(size=size, memories=memories)
     generator = torch.Generator().manual_seed(seed)
     most = 8 + 6 * math.isqrt(size)
     found = 0
@@ -111,14 +111,16 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     >>> round(exponent([1, 2, 4], [3, 6, 12]), 6)
     1.0
     """
-    if len(x) != len(y) or len(x) < 2 or min(*x, *y) <= 0:
-        raise BadInput(f"an exponent takes at least two pairs of positive numbers, got {list(x)} and {list(y)}")
+    if len(x) != len(y) or len(set(x)) < 2 or min(*x, *y) <= 0:
+        raise BadInput(
+            f"an exponent takes at least two pairs of positive numbers, of different x, got {list(x)} and {list(y)}"
+        )
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def bit_error(size: int, pairs: int) -> float:
     """The probability that interference flips the sign of one feature of a value of random signs, for many pairs."""
-    _at_least_one(size=size, pairs=pairs)
+    at_least_one(size=size, pairs=pairs)
     return 0.0 if pairs == 1 else 0.5 * math.erfc(math.sqrt(size / (2 * (pairs - 1))))
 
 
@@ -132,8 +134,17 @@ def vote(error: float, heads: int) -> float:
     _probability(error)
     if heads < 1 or heads % 2 == 0:
         raise BadInput(f"an odd number of heads votes, so that none is split, got {heads}")
-    wrong = range(heads // 2 + 1, heads + 1)
-    return sum(math.comb(heads, i) * error**i * (1 - error) ** (heads - i) for i in wrong)
+    if error in (0, 1):
+        return float(error)
+    logs = (
+        math.lgamma(heads + 1)
+        - math.lgamma(wrong + 1)
+        - math.lgamma(heads - wrong + 1)
+        + wrong * math.log(error)
+        + (heads - wrong) * math.log1p(-error)
+        for wrong in range(heads // 2 + 1, heads + 1)
+    )
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 class Design(NamedTuple):
@@ -154,6 +165,7 @@ def trade_off(
     values. Designs that leave no feature for a head are left out. Heads that vote lose against one head as wide as
     all of them: a vote forgets how sure each was.
     """
+    at_least_one(pairs=pairs, layers=min(layers, default=0), heads=min(heads, default=0), dim=dim)
     designs = []
     for depth in layers:
         for count in heads:
@@ -186,7 +198,7 @@ def run_chain(layers: int, size: int, pairs: int, *, heads: int = 1, chains: int
         chains: how many are run.
         seed: of the memories.
     """
-    _at_least_one(layers=layers, size=size, pairs=pairs, heads=heads, chains=chains)
+    at_least_one(layers=layers, size=size, pairs=pairs, heads=heads, chains=chains)
     generator = torch.Generator().manual_seed(seed)
     right = pairs - 1  # of equally frequent symbols `mode` takes the smallest: a split vote is lost
     symbols_T = torch.full((chains,), right)
@@ -214,6 +226,7 @@ def responses(attend: Attend, phases: Sequence[Phase], tests_SD: Tensor) -> Tens
     """
     if not attend.site.causal or attend.site.heads != 1:
         raise BadInput(f"trials are learned one after the other by one head: build {attend.spec.name} with causal=True")
+    at_least_one(trials=min((phase.trials for phase in phases), default=0))
     stimuli_TD = torch.cat([phase.stimulus.expand(phase.trials, -1) for phase in phases])
     outcomes_TE = torch.zeros_like(stimuli_TD)
     outcomes_TE[:, 0] = torch.cat([stimuli_TD.new_full((phase.trials,), phase.outcome) for phase in phases])
@@ -269,7 +282,8 @@ def _probability(error: float) -> float:
     return error
 
 
-def _at_least_one(**counts: int) -> None:
+def at_least_one(**counts: int) -> None:
+    """Refuse a count below 1, by its name."""
     for name, count in counts.items():
         if count < 1:
             raise BadInput(f"{name} is at least 1, got {count}")

@@ -26,9 +26,11 @@ def row_entropy(weights_BHNM: Tensor, *, causal: bool = False) -> Tensor:
     """Mean entropy of the rows (B, H), as a share of that of even rows: 0 picks one key, 1 sees all alike.
 
     A row is read as probabilities, |w| / sum |w|. A causal row is held against the keys that it may see; the first,
-    which has no choice, is left out. A row of zeros chooses nothing and counts as 1.
+    which has no choice, is left out. A row of zeros chooses nothing and counts as 1, and so does a matrix of one key.
     """
     p = weights_BHNM.abs()
+    if p.shape[-1] == 1:
+        return p.new_ones(p.shape[:2])
     total = p.sum(-1, keepdim=True)
     p = p / total.where(total > 0, 1)
     entropy_BHN = -p.xlogy(p).sum(-1)

@@ -32,15 +32,16 @@ def numerical_rank(x: Tensor, tolerance: float = 1e-6) -> Tensor:
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """The exponential of the entropy of the singular values, of matrices (..., N, M).
+    """The exponential of the entropy of the singular values, of matrices (..., N, M); 0 of zeros.
 
     >>> import torch
     >>> round(float(effective_rank(torch.eye(5))), 4)
     5.0
     """
     s = torch.linalg.svdvals(x)
-    p = s / s.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
-    return (-p.xlogy(p).sum(-1)).exp()
+    total = s.sum(-1, keepdim=True)
+    p = s / total.where(total > 0, 1)
+    return (-p.xlogy(p).sum(-1)).exp().where(total.squeeze(-1) > 0, 0)
 
 
 class Ranks(NamedTuple):

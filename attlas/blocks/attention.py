@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from attlas.core.errors import BadInput, share
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Mixer, Sizes
 from attlas.core.spec import Takes
+from attlas.ops.recurrent import roomy
 from attlas.ops.softmax import repeat_heads
 
 ACTIVATIONS = {None: nn.Identity, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "relu": nn.ReLU, "gelu": nn.GELU}
@@ -123,10 +125,14 @@ class Attention(Mixer):
             q = q.repeat(1, heads // self.query_heads, 1, 1)
         if not self.spec.grouped:
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        if isinstance(self.output_norm, SimpleRMSNorm):  # which brings sums back into float16's range
+            q, k, v = roomy(q), roomy(k), roomy(v)
         return q, k, v
 
     def _merge(self, o_BHND: Tensor, x_BNC: Tensor) -> Tensor:
         o = self.output_norm(o_BHND.transpose(1, 2).flatten(2))
+        if o.dtype == torch.float32:
+            o = o.to(x_BNC.dtype)
         if self.gate_proj is not None:
             o = o * self.gate_activation(self.gate_proj(x_BNC))
         return F.dropout(self.out_proj(o), self.dropout, self.training)

@@ -78,7 +78,8 @@ class SampledFunction:
 
     def norm(self) -> Tensor:
         """The square root of ∫ |f|², over all channels, (B,)."""
-        return (wide(self.values).flatten(2).square() * self.weights).flatten(1).sum(1).sqrt()
+        scaled = wide(self.values).flatten(2) * self.weights.sqrt()
+        return torch.linalg.vector_norm(scaled.flatten(1), dim=1)
 
 
 class SpectralConv2d(nn.Module):
@@ -126,27 +127,40 @@ class DifferentialConv2d(nn.Module):
     Args:
         inputs, outputs: C and O.
         kernel: taps on each axis, odd.
-        length: of the domain along the last axis; cells are squares.
+        length: of the domain, on both axes or (rows, columns); cells must be squares, as the spacing is one.
         beyond: "periodic", "replicate", "reflect" or "zeros".
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int = 3, *, length: float = 1.0, beyond: str = "periodic"
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 3,
+        *,
+        length: float | tuple[float, float] = 1.0,
+        beyond: str = "periodic",
     ) -> None:
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise BadInput(f"the kernel is centred, so its taps are odd; got {kernel}")
         self.mode = PADDING[_check_beyond(beyond)]
-        self.length = length
+        self.length = length if isinstance(length, tuple) else (length, length)
         self.weight = nn.Parameter(nn.Conv2d(inputs, outputs, kernel).weight.detach())
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, O, H, W)."""
+        height, width = x_BCHW.shape[2:]
+        rows, columns = height / self.length[0], width / self.length[1]
+        if abs(rows - columns) > 1e-6 * columns:
+            raise BadInput(
+                f"{height} x {width} cells on a domain of {self.length[0]} x {self.length[1]} are no squares: take a "
+                "grid whose are, or build it with length=(rows, columns) of another domain"
+            )
         reach = self.weight.shape[-1] // 2
         centred = self.weight.clone()
         centred[..., reach, reach] -= self.weight.sum((2, 3))
         padded = F.pad(x_BCHW, (reach,) * 4, self.mode)
-        return F.conv2d(padded, centred) * (x_BCHW.shape[3] / self.length)
+        return F.conv2d(padded, centred) * columns
 
 
 class LocalIntegral(nn.Module):
@@ -155,12 +169,13 @@ class LocalIntegral(nn.Module):
         y(x) = Σ_k W_k ∫ ψ_k(x' − x) f(x') dx' / ∫ ψ_k(x' − x) dx' + b
 
     ψ_0 is a hat of distance at the centre; the others are products of a hat of distance and a hat of the angle, on
-    rings. Integrals are sums with quadrature weights, over grids as convolutions, over other points pair by pair. The
-    radius should span some cells: a ψ that no point lies under gives 0.
+    rings; a single angle is all directions alike. Integrals are sums with quadrature weights, over grids as
+    convolutions, over other points pair by pair. The radius should span some cells: a ψ that no point lies under
+    gives 0.
 
     Args:
         inputs, outputs: C and O.
-        radius: beyond which the kernel is 0, in units of the domain.
+        radius: beyond which the kernel is 0, in units of the domain; on a periodic one at most half its length.
         rings: hats of distance, the one at the centre included.
         angles: hats of the angle on each ring.
         periodic: whether the domain goes on around; else only what lies in it is integrated.
@@ -190,6 +205,11 @@ class LocalIntegral(nn.Module):
         """The integrals at the same points."""
         if f.coordinates.shape[1] != 2:
             raise BadInput(f"a local integral is taken over a plane, got {f.coordinates.shape[1]} axes")
+        if self.periodic and 2 * self.radius > f.length:
+            raise BadInput(
+                f"a radius of {self.radius} meets itself around a periodic domain of length {f.length}: at most half "
+                "of the length"
+            )
         means_KBCM = self._on_grid(f) if f.values.ndim == 4 else self._at_points(f)
         y = torch.einsum("kbcm,kco->bom", means_KBCM, wide(self.weight))
         if self.bias is not None:
@@ -206,23 +226,21 @@ class LocalIntegral(nn.Module):
             near = (1 - (distance / step - ring).abs()).clamp(min=0)
             for number in range(self.angles):
                 between = (angle - number * turn + math.pi).remainder(2 * math.pi) - math.pi
-                found.append(near * (1 - between.abs() / turn).clamp(min=0))
+                found.append(near * (1 - between.abs() / turn).clamp(min=0) if self.angles > 1 else near)
         return torch.stack(found)
 
     def _on_grid(self, f: SampledFunction) -> Tensor:
         height, width = f.values.shape[2:]
         spacing = (f.length / height, f.length / width)
         reach = [int(self.radius / h) for h in spacing]
-        if self.periodic and (reach[0] > height or reach[1] > width):
-            raise BadInput(f"a radius of {self.radius} goes around the domain of length {f.length} more than once")
         x = wide(f.values)
         steps = [torch.arange(-n, n + 1).to(x) * h for n, h in zip(reach, spacing, strict=True)]
         offsets = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1)
         psi_K1HW = self.basis(offsets).unsqueeze(1)
         mode, border = "circular" if self.periodic else "constant", (reach[1], reach[1], reach[0], reach[0])
-        ones = F.pad(x.new_ones(1, 1, height, width), border, mode)
-        sums = F.conv2d(F.pad(x, border, mode).flatten(0, 1).unsqueeze(1), psi_K1HW)
-        total = F.conv2d(ones, psi_K1HW)
+        w_11HW = f.weights.to(x).view(1, 1, height, width)
+        sums = F.conv2d(F.pad(x * w_11HW, border, mode).flatten(0, 1).unsqueeze(1), psi_K1HW)
+        total = F.conv2d(F.pad(w_11HW, border, mode), psi_K1HW)
         return (sums / total.where(total > 0, 1)).unflatten(0, x.shape[:2]).movedim(2, 0).flatten(3)
 
     def _at_points(self, f: SampledFunction) -> Tensor:

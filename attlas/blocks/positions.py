@@ -114,7 +114,7 @@ class ALiBi(Position):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.register_buffer("slopes", alibi_slopes(heads), persistent=False)
+        self.register_buffer("slopes", alibi_slopes(heads).to(torch.get_default_device()), persistent=False)
 
     def bias(self, grid: Grid) -> Tensor:
         """(H, N, N), by the order of the tokens."""

@@ -19,8 +19,8 @@ from attlas.core.mechanism import Attend, Call, Cost, Sizes
 class SpatialReduction(Attention):
     """The shell of PVT: y = W_o attend(W_q x, W_k z, W_v z) with z = LayerNorm(conv(x)).
 
-    The convolution has `reduction` taps on each axis and as long steps: M is N / reduction². Prefix tokens and padding
-    are refused, a reduced key is made of several tokens.
+    The convolution has `reduction` taps on each axis and as long steps: M is N / reduction². A reduced key is made of
+    several tokens and stands at no position: prefix tokens, masks of any kind and positions are refused.
 
     >>> import attlas
     >>> attend = attlas.make_attend("agent", 2, 8, grid=(8, 8), agents=9, reduction=4)
@@ -30,18 +30,23 @@ class SpatialReduction(Attention):
         attend: a noncausal mechanism that takes fewer keys than queries, such as `softmax`, or `agent` with the same
             reduction; its site names the grid.
         reduction: positions that become one key, on each axis.
-        **shell: settings of `Attention`.
+        **shell: settings of `Attention`, without a position.
 
     Source: Wang et al., "Pyramid Vision Transformer", 2021 (arXiv:2102.12122), official code whai362/PVT.
     """
 
     def __init__(self, attend: Attend, *, reduction: int, **shell: Any) -> None:
+        if shell.get("position") is not None:
+            raise BadInput(
+                f"a reduced key stands at no position, so that {type(shell['position']).__name__} has no place here: "
+                "leave position away, and add positions to the tokens before the layer"
+            )
         super().__init__(attend, **shell)
         grid, dim = attend.site.grid, attend.site.dim
         if grid is None or attend.site.causal:
             raise BadInput("keys are reduced on a picture: build a noncausal attend with grid=(height, width)")
-        if reduction < 1:
-            raise BadInput(f"reduction is at least 1, got {reduction}")
+        if not isinstance(reduction, int) or reduction < 1:
+            raise BadInput(f"reduction is a whole number, at least 1, got {reduction}")
         self.reduction, self.rank = reduction, grid.rank
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[grid.rank - 1]
         self.reduce = conv(dim, dim, reduction, stride=reduction)
@@ -51,11 +56,15 @@ class SpatialReduction(Attention):
         """Reduce, project, attend, merge."""
         grid = call.grid
         self._key_shape(grid)
-        if call.cross or call.mask.keys is not None:
-            raise Unsupported("spatial reduction serves self-attention without padding")
+        mask = call.mask
+        if call.cross or mask.causal or any(x is not None for x in (mask.keys, mask.queries, mask.rule, mask.bias)):
+            raise Unsupported(
+                "spatial reduction serves self-attention without padding, causality, visibility rules and biases: a "
+                f"reduced key is made of several tokens; for those take attlas.mixer({self.spec.name!r}, ...)"
+            )
         z_BCS = self.reduce(grid.unflatten(x_BNC.mT, -1))
         q, k, v = self._project(x_BNC, self.reduce_norm(z_BCS.flatten(2).mT), 0)
-        o = self.attend(q, k, v, mask=call.mask, grid=grid, tokens=x_BNC)
+        o = self.attend(q, k, v, grid=grid, tokens=x_BNC)
         return self._merge(o, x_BNC)
 
     oracle = compute  # the attend has the oracle

@@ -17,7 +17,7 @@ from rich.table import Table
 import attlas
 from attlas.blocks.factory import resolve, settings_of
 from attlas.cli import analyze
-from attlas.cli.settings import by_mechanism, values
+from attlas.cli.settings import by_mechanism, parts, read_grid, read_grids, read_names, values
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.grid import Grid
 from attlas.core.registry import family_of, mechanism
@@ -40,15 +40,6 @@ SHORT = {
     Pattern.NONCAUSAL_CROSS: "NC",
     Pattern.CAUSAL_CROSS: "CC",
 }
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """A grid written as 4096, 14x14 or 8x14x14."""
-    try:
-        sizes = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise BadInput(f"a size is written as 4096, 14x14 or 8x14x14, got {text!r}") from None
-    return Grid(sizes).shape
 
 
 @app.command("list")
@@ -123,7 +114,7 @@ def show(
 
 def _grid_for(ranks: tuple[int, ...], size: str) -> tuple[int, ...]:
     """The grid that the user wrote; for mechanisms of two axes a number of tokens is laid out squarely."""
-    grid = _sizes(size)
+    grid = read_grid(size)
     if len(grid) == 1 and 1 not in ranks:
         side = max(1, round(grid[0] ** 0.5))
         grid = (side, max(1, grid[0] // side))
@@ -224,14 +215,15 @@ def bench(
 
     if pattern not in PATTERNS:
         raise BadInput(f"pattern is one of {', '.join(PATTERNS)}, got {pattern!r}")
+    mechanisms = read_names(names)
     jobs = speed_jobs(
-        _names(names),
-        _range(sizes),
-        measures=_list(measures),  # type: ignore[arg-type]  # an unknown one is refused there
-        dtypes=_list(dtypes),
+        mechanisms,
+        read_grids(sizes),
+        measures=parts(measures),  # type: ignore[arg-type]  # an unknown one is refused there
+        dtypes=parts(dtypes),
         causal=PATTERNS[pattern],
         backend=backend,
-        params=by_mechanism(setting or []),
+        params=by_mechanism(setting, mechanisms),
         batch=batch,
         dim=dim,
         heads=heads,
@@ -275,12 +267,12 @@ def compare(
     from attlas.bench.tasks import task_named
 
     given = {"steps": steps, "length": length, "dim": dim, "layers": layers}
-    mechanisms = _names(names)
-    params = by_mechanism(setting or [])
+    mechanisms = read_names(names)
+    params = by_mechanism(setting, [baseline, *mechanisms])
     jobs: list[Any] = [
         *compare_jobs(
             mechanisms,
-            _list(tasks),
+            parts(tasks),
             seeds=seeds,
             baseline=baseline,
             parameters=parameters,
@@ -289,8 +281,8 @@ def compare(
         )
     ]
     if speed:
-        patterns = sorted({task_named(task).causal for task in _list(tasks)})
-        jobs += speed_jobs(mechanisms, _range(sizes), causal=patterns, params=params)
+        patterns = sorted({task_named(task).causal for task in parts(tasks)})
+        jobs += speed_jobs(mechanisms, read_grids(sizes), causal=patterns, params=params)
     _run(jobs, store, html, "Attention mechanisms compared", workers=workers, retry_failed=retry_failed)
 
 
@@ -336,34 +328,6 @@ def _write_report(records: list[Any], path: Path, command: str, title: str) -> N
     except OSError as error:
         raise BadInput(f"the report could not be written to {path}: {error.strerror}; give another --html") from None
     console.print(f"report: [bold]{escape(str(written))}[/bold]", highlight=False, soft_wrap=True)
-
-
-def _names(text: str) -> list[str]:
-    """The mechanisms that names and wildcards mean; variants are kept as they are."""
-    found: list[str] = []
-    for name in _list(text):
-        base, colon, _ = name.partition(":")
-        found += [name] if colon and resolve(name) else attlas.mechanisms(base)
-    return list(dict.fromkeys(found))
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _range(text: str) -> list[tuple[int, ...]]:
-    """Sizes separated by commas; 256..4096 doubles from the first to the last."""
-    sizes: list[tuple[int, ...]] = []
-    for part in _list(text):
-        first, dots, last = part.partition("..")
-        if not dots:
-            sizes.append(_sizes(part))
-            continue
-        (size,), (end,) = _sizes(first), _sizes(last)
-        while size <= end:
-            sizes.append((size,))
-            size *= 2
-    return sizes
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -12,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from attlas.cli.settings import by_mechanism
+from attlas.cli.settings import by_mechanism, read_names, read_numbers, read_sizes
 from attlas.core.errors import AttlasError, BadInput
-from attlas.core.registry import mechanisms
 
 if TYPE_CHECKING:
     from attlas.analysis.curves import Panel
@@ -54,8 +52,9 @@ def rank(
     from attlas.analysis.curves import Panel
     from attlas.analysis.rank import ranks
 
-    observe = _observer(source, tokens, dim, steps, seed, setting)
-    heads = {size: dim // size for size in _sizes(sizes)}
+    mechanisms = read_names(names)
+    observe = _observer(mechanisms, source, tokens, dim, steps, seed, setting)
+    heads = {size: dim // size for size in read_sizes(sizes)}
     if any(size * count != dim for size, count in heads.items()):
         raise BadInput(f"head sizes divide dim: {dim} is not a multiple of each of {', '.join(map(str, heads))}")
 
@@ -66,8 +65,9 @@ def rank(
             rows.append(ranks(layer, x, grid=grid))
         return rows
 
-    results = _each(names, measure)
+    results = _each(mechanisms, measure)
     features = list(heads)
+    size, channels = {"head size": (features, features)}, {"channels": (features, [dim] * len(features))}
     panels = [
         Panel(
             title,
@@ -78,13 +78,13 @@ def rank(
                 for name, rows in results.items()
                 if getattr(rows[0], kind) is not None
             },
-            {reference: (features, [features, [dim] * len(features)][reference == "channels"])},
+            reference,
         )
         for kind, title, reference in (
-            ("numerical", "numerical rank of the matrix", "head size"),
-            ("effective", "effective rank of the matrix", "head size"),
-            ("output_numerical", "numerical rank of the output", "channels"),
-            ("output_effective", "effective rank of the output", "channels"),
+            ("numerical", "numerical rank of the matrix", size),
+            ("effective", "effective rank of the matrix", size),
+            ("output_numerical", "numerical rank of the output", channels),
+            ("output_effective", "effective rank of the output", channels),
         )
     ]
     _show(panels, features, "size", "{:.1f}")
@@ -111,14 +111,14 @@ def entropy(
     from attlas.analysis.curves import Panel
     from attlas.analysis.entropy import entropy_by_norm
 
-    lengths = _numbers(norms)
-    observe = _observer(source, tokens, dim, steps, seed, setting)
+    mechanisms, lengths = read_names(names), read_numbers(norms)
+    observe = _observer(mechanisms, source, tokens, dim, steps, seed, setting)
 
     def measure(name: str) -> list[float]:
         layer, x, grid = observe(name, heads)
         return entropy_by_norm(layer, x, lengths, grid=grid)
 
-    results = _each(names, measure)
+    results = _each(mechanisms, measure)
     lines = {name: (lengths, shares) for name, shares in results.items()}
     panel = Panel("entropy of a row, share of an even one", "length of the query", "entropy", lines, log_y=False)
     _show([panel], lengths, "|q|", "{:.3f}")
@@ -140,14 +140,14 @@ def capacity(
     from attlas.analysis.conditioning import exponent, guaranteed_pairs
     from attlas.analysis.curves import Panel
 
-    features = _sizes(sizes)
-    given = by_mechanism(setting or [])
+    mechanisms, features = read_names(names), read_sizes(sizes)
+    given = by_mechanism(setting, mechanisms)
 
     def measure(name: str) -> list[int]:
         params = given.get(name, {})
         return [stored_pairs(name, size, level=level, limit=limit, seed=seed, **params) for size in features]
 
-    results = _each(names, measure)
+    results = _each(mechanisms, measure)
     panel = Panel(
         f"pairs stored, {level:.0%} retrieved",
         "head size D",
@@ -168,14 +168,14 @@ def capacity(
 
 
 def _observer(
-    source: str, tokens: int, dim: int, steps: int, seed: int, setting: list[str] | None
+    names: list[str], source: str, tokens: int, dim: int, steps: int, seed: int, setting: list[str] | None
 ) -> Callable[[str, int], Observed]:
     """A function of a name and a number of heads to a layer and what it reads."""
     from attlas.bench.inputs import in_trained_model, on_random_tokens
 
     if source not in INPUTS:
         raise BadInput(f"input is one of {', '.join(INPUTS)}, got {source!r}")
-    given = by_mechanism(setting or [])
+    given = by_mechanism(setting, names)
 
     def observe(name: str, heads: int) -> Observed:
         params = given.get(name, {})
@@ -186,10 +186,10 @@ def _observer(
     return observe
 
 
-def _each(names: str, measure: Callable[[str], T]) -> dict[str, T]:
+def _each(names: list[str], measure: Callable[[str], T]) -> dict[str, T]:
     """What was measured of each; what refuses is left out with its reason. Where all refuse that is an error."""
     results, reasons = {}, {}
-    for name in mechanisms(names):
+    for name in names:
         try:
             results[name] = measure(name)
         except AttlasError as error:
@@ -219,27 +219,3 @@ def _draw(panels: Sequence[Panel], out: Path | None) -> None:
 
         draw_curves(panels, out)
         console.print(f"picture: [bold]{escape(str(out))}[/bold]", highlight=False, soft_wrap=True)
-
-
-def _sizes(text: str) -> list[int]:
-    """Whole numbers written as by `_numbers`."""
-    found = _numbers(text)
-    if any(number % 1 for number in found):
-        raise BadInput(f"sizes are whole numbers, got {text!r}")
-    return [int(number) for number in found]
-
-
-def _numbers(text: str) -> list[float]:
-    """Numbers separated by commas; 4..64 doubles from the first to the last."""
-    found: list[float] = []
-    try:
-        for part in text.split(","):
-            first, dots, last = part.partition("..")
-            found.append(float(first))
-            while dots and 0 < 2 * found[-1] <= float(last):
-                found.append(2 * found[-1])
-    except ValueError:
-        raise BadInput(f"numbers are written as 4..64 or 8,24, got {text!r}") from None
-    if not all(0 < number < math.inf for number in found):
-        raise BadInput(f"numbers are positive, got {text!r}")
-    return found

@@ -278,12 +278,19 @@ class Attend(Mechanism):
     ) -> tuple[Tensor, Any]:
         """The outputs of a segment that follows `state`, and the state behind it.
 
-        Any segmentation of a sequence gives what one full pass gives. `keep` (B, N) marks the real
-        tokens of the segment.
+        Any segmentation of a sequence gives what one full pass gives; a segment may be empty. `keep` (B, N) marks
+        the real tokens of the segment.
         """
         self._streaming()
         self._check_tensors(q_BHND, k_BGMD, v_BGME)
+        if v_BGME.shape[3] != self.site.head_dim:
+            raise BadInput(
+                f"the state was made for values of {self.site.head_dim} features, got {v_BGME.shape[3]}: build with "
+                f"head_dim={v_BGME.shape[3]}, or pass all tokens at once"
+            )
         keep = check_keep(keep, q_BHND.shape[0], q_BHND.shape[2])
+        if not q_BHND.shape[2]:
+            return q_BHND, state
         return self.advance(q_BHND, k_BGMD, v_BGME, state, keep, tokens)
 
     def advance(
@@ -375,12 +382,13 @@ class Mixer(Mechanism):
     def extend(self, x_BNC: Tensor, state: Any, *, keep: Tensor | None = None) -> tuple[Tensor, Any]:
         """The outputs of a segment that follows `state`, and the state behind it.
 
-        Any segmentation of a sequence gives what one full pass gives. `keep` (B, N) marks the real
-        tokens of the segment.
+        Any segmentation of a sequence gives what one full pass gives; a segment may be empty. `keep` (B, N) marks
+        the real tokens of the segment.
         """
         self._streaming()
         self._check_tokens("x", x_BNC, self.site.dim)
-        return self.advance(x_BNC, state, check_keep(keep, x_BNC.shape[0], x_BNC.shape[1]))
+        keep = check_keep(keep, x_BNC.shape[0], x_BNC.shape[1])
+        return self.advance(x_BNC, state, keep) if x_BNC.shape[1] else (x_BNC, state)
 
     def advance(self, x_BNC: Tensor, state: Any, keep: Tensor | None) -> tuple[Tensor, Any]:
         """Hook of `extend`."""

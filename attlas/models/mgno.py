@@ -8,8 +8,9 @@ takes the channels of f to those of u. There is one published network for each p
 f (B, sources, H, W), u (B, 1, H, W).
 
 Source: He, Liu and Xu, "MgNO: Efficient Parameterization of Linear Operators via Multigrid", 2023 (arXiv:2310.19809),
-official code xlliu2017/MgNO. Inputs and outputs are standardised outside of the network. Not here is the network for
-the Helmholtz equation, whose channels grow with the level and whose grids shrink without padding.
+official code xlliu2017/MgNO. Inputs and outputs are standardised outside of the network. Not here are the two networks
+for the Helmholtz equation, whose grids shrink without padding: one of constant channels with layer norms, which the
+official code calls the default of the paper's experiment, and one whose channels grow with the level.
 """
 
 from __future__ import annotations

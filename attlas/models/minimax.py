@@ -244,7 +244,8 @@ def cispo_loss(
 
         loss = -1 / Σ|o_i| Σ_i Σ_t sg(clip(r_it, 1 - below, 1 + above)) A_i log π(o_it),    r = π / π_old
 
-    The weight is a constant to gradients, so that every token gives one. Only the upper bound is used as published.
+    The weight is a constant to gradients, so that every token gives one. Only the upper bound is used as published. A
+    token that has become impossible, log π = −∞, has no gradient and counts as none.
 
     Args:
         log_p_BN, old_log_p_BN: of the tokens of each response, now and when it was sampled.
@@ -254,14 +255,18 @@ def cispo_loss(
 
     Source: the MiniMax-M1 report, where `above` is tuned; 0.2 is what PPO takes.
     """
-    if keep_BN is None:
-        keep_BN = torch.ones_like(log_p_BN, dtype=torch.bool)
+    if log_p_BN.shape != old_log_p_BN.shape or advantages_B.shape != log_p_BN.shape[:1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (log_p_BN, old_log_p_BN, advantages_B))
+        raise BadInput(f"log_p and old_log_p are (B, N), and advantages (B,), one for each response, got {shapes}")
+    possible_BN = log_p_BN != -torch.inf
+    keep_BN = possible_BN if keep_BN is None else keep_BN & possible_BN
     log_p, old_log_p = (x.where(keep_BN, 0) for x in (log_p_BN, old_log_p_BN))
     weight = (log_p - old_log_p).detach().exp().clamp(1 - below, 1 + above)
     return -(weight * advantages_B.unsqueeze(1) * log_p).sum() / keep_BN.sum().clamp(min=1)
 
 
 def group_advantages(rewards_G: Tensor, eps: float = 1e-8) -> Tensor:
-    """(R - mean) / std over the last axis, the responses to one question."""
+    """(R - mean) / std over the last axis, the responses to one question, in float32 at least."""
+    rewards_G = wide(rewards_G)
     centred = rewards_G - rewards_G.mean(-1, keepdim=True)
     return centred / (rewards_G.std(-1, keepdim=True, correction=0) + eps)

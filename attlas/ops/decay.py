@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attlas.kernels.cpu import decay as kernel
 from attlas.ops.dispatch import Backend, Op
+from attlas.ops.precision import as_written
 
 _BLOCK = 512  # tokens whose intermediate results stay in the cache
 
@@ -71,10 +72,11 @@ def chunked(
     parts = [x.split(block, 2) for x in (q_BHND, k_BHND, v_BHNE)]
     keeps = itertools.repeat(None) if keep_BN is None else keep_BN.split(block, 1)
     rows = []
-    for *tokens_of_block, keep in zip(*parts, keeps, strict=False):
-        q, k, v = (x.to(state.dtype) for x in tokens_of_block)
-        o, state = _block(q, k, v, slopes_H, state, keep, chunk)
-        rows.append(o.to(v_BHNE.dtype))
+    with as_written(q_BHND):  # half precision has no room for a state
+        for *tokens_of_block, keep in zip(*parts, keeps, strict=False):
+            q, k, v = (x.to(state.dtype) for x in tokens_of_block)
+            o, state = _block(q, k, v, slopes_H, state, keep, chunk)
+            rows.append(o.to(v_BHNE.dtype))
     return torch.cat(rows, 2), state
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attlas.kernels.cpu import gated as kernel
 from attlas.ops.dispatch import Backend, Op
-from attlas.ops.gated import AT_ONCE, BLOCK, CHUNK, NOTHING, empty_state, in_chunks, real_tokens, refuses
+from attlas.ops.gated import AT_ONCE, BLOCK, CHUNK, NOTHING, first_state, in_chunks, real_tokens, refuses
 
 
 def _oracle(
@@ -37,7 +37,7 @@ def _oracle(
     Returns:
         o (B, H, N, E) and S after the last token (B, H, D, E), in float32 or better.
     """
-    state = empty_state(k_BHND, v_BHNE) if state_BHDE is None else state_BHDE
+    state = first_state(q_BHND, k_BHND, v_BHNE, _decay(beta_BHN, log_decay_BHN), state_BHDE, beta_BHN)
     rows = []
     for t in range(q_BHND.shape[2]):
         q, k, v = (x[:, :, t, None].to(state.dtype) for x in (q_BHND, k_BHND, v_BHNE))
@@ -64,7 +64,7 @@ def _torch(
     state_BHDE: Tensor | None = None,
     keep_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    state = empty_state(k_BHND, v_BHNE) if state_BHDE is None else state_BHDE
+    state = first_state(q_BHND, k_BHND, v_BHNE, _decay(beta_BHN, log_decay_BHN), state_BHDE, beta_BHN)
     tokens = real_tokens(keep_BN, q_BHND, k_BHND, v_BHNE, beta_BHN, _decay(beta_BHN, log_decay_BHN))
     at_once = AT_ONCE if q_BHND.device.type == "cpu" else q_BHND.shape[2]
     rows = []

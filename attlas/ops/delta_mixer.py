@@ -16,8 +16,8 @@ from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.ops.delta import flops, gated_delta_rule
-from attlas.ops.precision import wide
-from attlas.ops.recurrent import alone, head_size, short_convolution
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import alone, head_size, projection_flops, short_convolution
 
 LENGTH_EPS = 1e-6
 NORM_EPS = 1e-5
@@ -93,9 +93,11 @@ class DeltaMixer(Mixer):
             x.unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for x in F.silu(qkv_BNW).split(self.widths, -1)
         )
         q, k = _unit(q) * self.key_size**-0.5, _unit(k)
-        beta, g = wide(self.beta_proj(x_BNC)).sigmoid() * self.largest_beta, self.log_decay(x_BNC)
-        gates = (beta.transpose(1, 2), None if g is None else g.transpose(1, 2))
-        o, sums = gated_delta_rule(q, k, v, *gates, state.sums, keep, backend=self.backend)
+        beta, g = wide(self.beta_proj(x_BNC)).sigmoid().transpose(1, 2) * self.largest_beta, self.log_decay(x_BNC)
+        beta = beta.minimum(2 / wide(k).square().sum(-1).clamp(min=1))  # a rounded key may be longer than 1
+        gates = (beta, None if g is None else g.transpose(1, 2))
+        with as_written(x_BNC):
+            o, sums = gated_delta_rule(q, k, v, *gates, state.sums, keep, backend=self.backend)
         return self._merge(o.transpose(1, 2), x_BNC), DeltaState(sums, tail)
 
     def _merge(self, o_BNHE: Tensor, x_BNC: Tensor) -> Tensor:
@@ -125,8 +127,7 @@ class DeltaMixer(Mixer):
     def count(self, sizes: Sizes) -> Cost:
         """Projections, taps, and each token read, written and recalled; the torch backend also multiplies zeros."""
         tokens, lags = sizes.queries, len(self.taps)
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        projections = 2 * sizes.batch * tokens * sum(layer.weight.numel() for layer in layers)
+        projections = projection_flops(self, sizes.batch * tokens)
         seen = sum(min(t + 1, lags) for t in range(min(tokens, lags))) + max(tokens - lags, 0) * lags
         per_tap = 2 * sizes.batch * sum(self.widths)
         needed, made = flops(tokens, self.key_size, self.value_size)

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.ops.dispatch import Backend, Op
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.scan import NEVER, RunningSoftmax
 from attlas.ops.scan import merge as merge_runs
 
@@ -162,7 +162,7 @@ class _Tiled(torch.autograd.Function):
         x = _Tensors(q, k, v, bias, mask, scale)
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = wide(o[..., 0]) - torch.inf
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             for rows, columns in x.tiles(tile):
                 q_BGXD, seen = x.queries(rows)
                 run = _nothing(q_BGXD, v.shape[3])
@@ -184,7 +184,7 @@ class _Tiled(torch.autograd.Function):
         dbias = wide(torch.zeros_like(bias)) if ctx.needs_input_grad[3] else None
         # The row of a query that sees nothing has scores of -inf alone: against 0 its weights are 0 as well.
         lse = lse.where(lse > -torch.inf, 0).unsqueeze(-1)
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             delta = (wide(do) * wide(o)).sum(-1, keepdim=True) - dlse.unsqueeze(-1)
             for rows, columns in x.tiles(ctx.tile):
                 q_BGXD, seen = x.queries(rows)

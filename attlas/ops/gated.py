@@ -9,7 +9,7 @@ the same for all tokens there is `attlas.ops.decay`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from attlas.kernels.cpu import gated as kernel
 from attlas.ops.dispatch import Backend, Op
+from attlas.ops.precision import wide
 
 CHUNK, BLOCK = 64, 16
 AT_ONCE = 512
 """Tokens whose intermediate results stay in a processor's cache."""
 NOTHING = -50.0
-"""Logarithm of a decay that leaves nothing. Below it sums of logarithms would only lose precision."""
+"""Logarithm of a decay that leaves nothing. The torch backend adds up logarithms over a chunk, so that one this low
+costs the others around it three of their seven digits in float32; lower ones would cost more."""
 
 
 def _oracle(
@@ -44,9 +46,22 @@ def _oracle(
     Returns:
         o (B, H, N, E) and S after the last token (B, H, D, E), in float32 or better.
     """
-    state = empty_state(q_BHND, v_BHNE) if state_BHDE is None else state_BHDE
-    rows = []
-    for t in range(q_BHND.shape[2]):
+    tokens = range(q_BHND.shape[2])
+    return _recurrence(q_BHND, k_BHND, v_BHNE, log_decay_BHND, state_BHDE, keep_BN, tokens)
+
+
+def _recurrence(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHNE: Tensor,
+    log_decay_BHND: Tensor,
+    state_BHDE: Tensor | None,
+    keep_BN: Tensor | None,
+    order: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    state = first_state(q_BHND, k_BHND, v_BHNE, log_decay_BHND, state_BHDE)
+    rows = {}
+    for t in order:
         q, k, v, g = (x[:, :, t].to(state.dtype) for x in (q_BHND, k_BHND, v_BHNE, log_decay_BHND))
         after = g.exp().unsqueeze(-1) * state + k.unsqueeze(-1) * v.unsqueeze(-2)
         row = (q.unsqueeze(-2) @ after).squeeze(-2)
@@ -54,8 +69,8 @@ def _oracle(
             keep = keep_BN[:, t, None, None, None]
             after, row = after.where(keep, state), row.where(keep[..., 0], 0)
         state = after
-        rows.append(row)
-    return torch.stack(rows, 2).to(v_BHNE.dtype), state
+        rows[t] = row
+    return torch.stack([rows[t] for t in sorted(order)], 2).to(v_BHNE.dtype), state
 
 
 def _torch(
@@ -66,7 +81,7 @@ def _torch(
     state_BHDE: Tensor | None = None,
     keep_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    state = empty_state(q_BHND, v_BHNE) if state_BHDE is None else state_BHDE
+    state = first_state(q_BHND, k_BHND, v_BHNE, log_decay_BHND, state_BHDE)
     q, k, v, g = real_tokens(keep_BN, q_BHND, k_BHND, v_BHNE, log_decay_BHND)
     at_once = AT_ONCE if q.device.type == "cpu" else q.shape[2]
     rows = []
@@ -116,10 +131,14 @@ def _scores(q: Tensor, k: Tensor, total_BHnCD: Tensor) -> Tensor:
     return earlier + inside.flatten(3, 4)
 
 
-def empty_state(k_BHND: Tensor, v_BHNE: Tensor) -> Tensor:
-    """S before the first token, in float32 at least."""
-    dtype = torch.promote_types(k_BHND.dtype, torch.float32)
-    return k_BHND.new_zeros(*k_BHND.shape[:2], k_BHND.shape[3], v_BHNE.shape[3], dtype=dtype)
+def first_state(
+    q_BHND: Tensor, k_BHND: Tensor, v_BHNE: Tensor, gates: Tensor, state: Tensor | None, beta: Tensor | None = None
+) -> Tensor:
+    """S before the first token, in float32 at least, of inputs whose shapes are checked."""
+    kernel.check(q_BHND, k_BHND, v_BHNE, gates, state, beta)
+    if state is None:
+        return wide(k_BHND.new_zeros(*k_BHND.shape[:2], k_BHND.shape[3], v_BHNE.shape[3]))
+    return wide(state)
 
 
 def real_tokens(keep_BN: Tensor | None, *tokens: Tensor) -> tuple[Tensor, ...]:
@@ -195,21 +214,10 @@ def _oracle_both_ways(
     Returns:
         (B, H, N, E). A token sees itself in both directions.
     """
-    return _both_ways(_oracle, q_BHND, k_BHND, v_BHNE, log_decay_BHND, log_decay_back_BHND, keep_BN)
-
-
-def _both_ways(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    forward: Tensor,
-    back: Tensor,
-    keep: Tensor | None,
-) -> Tensor:
-    ahead, _ = run(q, k, v, forward, None, keep)
-    behind, _ = run(*(x.flip(2) for x in (q, k, v, back)), None, None if keep is None else keep.flip(1))
-    return ahead + behind.flip(2)
+    inputs, tokens = (q_BHND, k_BHND, v_BHNE), range(q_BHND.shape[2])
+    ahead, _ = _recurrence(*inputs, log_decay_BHND, None, keep_BN, tokens)
+    back, _ = _recurrence(*inputs, log_decay_back_BHND, None, keep_BN, tokens[::-1])
+    return ahead + back
 
 
 def _torch_both_ways(
@@ -220,7 +228,10 @@ def _torch_both_ways(
     log_decay_back_BHND: Tensor,
     keep_BN: Tensor | None = None,
 ) -> Tensor:
-    return _both_ways(_torch, q_BHND, k_BHND, v_BHNE, log_decay_BHND, log_decay_back_BHND, keep_BN)
+    ahead, _ = _torch(q_BHND, k_BHND, v_BHNE, log_decay_BHND, None, keep_BN)
+    q, k, v, g = (x.flip(2) for x in (q_BHND, k_BHND, v_BHNE, log_decay_back_BHND))
+    back, _ = _torch(q, k, v, g, None, None if keep_BN is None else keep_BN.flip(1))
+    return ahead + back.flip(2)
 
 
 def _cpu_both_ways(

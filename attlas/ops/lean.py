@@ -30,7 +30,7 @@ from torch import Tensor
 from attlas.core.errors import BadInput
 from attlas.ops.dispatch import Backend, Op
 from attlas.ops.flash import partial_softmax
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.scan import RunningSoftmax, merge
 
 TILE = 256
@@ -281,7 +281,7 @@ def _execute(
 
     hosted: dict[int, tuple[int, Span, RunningSoftmax]] = {}
     slots: dict[int, tuple[Span, RunningSoftmax]] = {}
-    with torch.autocast(q_OXD.device.type, enabled=False):
+    with as_written(q_OXD):
         for worker in order:
             for span in plan.workers[worker]:
                 if span.hosts:

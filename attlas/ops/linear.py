@@ -12,6 +12,7 @@ from torch import Tensor
 from attlas.core.mask import Mask
 from attlas.ops import decay
 from attlas.ops.dispatch import Backend, Op
+from attlas.ops.precision import as_written, wide
 
 CHUNK = 64
 
@@ -67,24 +68,21 @@ def _torch(
     *,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    queries, keys = q_BHND.shape[2], k_BHMD.shape[2]
-    before = max(keys - queries, 0) if causal else keys
-    seen_by_all = _summed(k_BHMD[:, :, :before], v_BHME[:, :, :before])
-    state = seen_by_all if state_BHDE is None else state_BHDE + seen_by_all
-    if not causal:
-        return (q_BHND @ state).to(q_BHND.dtype), state
-    chunk, padded = _chunks(queries)
-    # Keys lie opposite their queries: a negative pad cuts off the first ones, a positive one adds zeros.
-    front, back = queries - keys, padded - queries
-    k, v = (F.pad(x, (0, 0, front, back)).unflatten(2, (-1, chunk)) for x in (k_BHMD, v_BHME))
-    q = F.pad(q_BHND, (0, 0, 0, back)).unflatten(2, (-1, chunk))
-    states_BHSDE = torch.cat([state.unsqueeze(2), _summed(k, v)], 2).cumsum(2)
-    o = (q @ k.transpose(-1, -2)).tril() @ v + q @ states_BHSDE[:, :, :-1]
-    return o.flatten(2, 3)[:, :, :queries].to(q.dtype), states_BHSDE[:, :, -1]
-
-
-def _summed(k: Tensor, v: Tensor) -> Tensor:
-    return (k.transpose(-1, -2) @ v).to(v.dtype)  # autocast multiplies in half precision; sums are kept wide
+    with as_written(q_BHND):  # half precision has no room for a sum over the sequence
+        queries, keys = q_BHND.shape[2], k_BHMD.shape[2]
+        before = max(keys - queries, 0) if causal else keys
+        seen_by_all = k_BHMD[:, :, :before].mT @ v_BHME[:, :, :before]
+        state = seen_by_all if state_BHDE is None else state_BHDE + seen_by_all
+        if not causal:
+            return q_BHND @ state, state
+        chunk, padded = _chunks(queries)
+        # Keys lie opposite their queries: a negative pad cuts off the first ones, a positive one adds zeros.
+        front, back = queries - keys, padded - queries
+        k, v = (F.pad(x, (0, 0, front, back)).unflatten(2, (-1, chunk)) for x in (k_BHMD, v_BHME))
+        q = F.pad(q_BHND, (0, 0, 0, back)).unflatten(2, (-1, chunk))
+        states_BHSDE = torch.cat([state.unsqueeze(2), k.mT @ v], 2).cumsum(2)
+        o = (q @ k.mT).tril() @ v + q @ states_BHSDE[:, :, :-1]
+        return o.flatten(2, 3)[:, :, :queries], states_BHSDE[:, :, -1]
 
 
 def _cpu(
@@ -113,3 +111,9 @@ def _no_decay(q_BHND: Tensor) -> Tensor:
 feature_product = Op(
     "feature_product", Backend("cpu", _cpu, _refuses), Backend("torch", _torch), Backend("oracle", _oracle)
 )
+
+
+def with_ones(v_BHME: Tensor, keep_BM: Tensor | None = None) -> Tensor:
+    """The values, in float32 at least, with a 1 behind each real one: its sums are the denominators."""
+    v = F.pad(wide(v_BHME), (0, 1), value=1.0)
+    return v if keep_BM is None else v.where(keep_BM[:, None, :, None], 0)

@@ -15,11 +15,12 @@ from attlas.ops.dispatch import Backend, Op
 def _oracle(a: Tensor, b: Tensor, initial: Tensor | None = None, *, dim: int = 1) -> Tensor:
     """All x of the recurrence x_t = a_t x_{t-1} + b_t, step by step.
 
-    Computed in the dtype of the inputs: widen half precision first. Nothing is divided, so that any `a`, zeros
-    included, is served. Differentiable any number of times.
+    Computed in the dtype of the inputs: widen half precision first. Nothing is divided, so that zeros are served like
+    any other factor. Differentiable any number of times.
 
     Args:
-        a: factors, of b's number of axes; an axis of length 1 is shared, so that one number may scale a matrix.
+        a: factors, of b's number of axes; an axis of length 1 is shared, so that one number may scale a matrix. With
+            |a| <= 1 no product of them overflows; beyond that one may where no x does, and x is then inf or nan.
         b: what is added, of the shape of the result.
         initial: x before the first step, without the axis `dim`; zeros if None.
         dim: the axis of the steps.

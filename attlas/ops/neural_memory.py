@@ -20,18 +20,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
-from attlas.core.mechanism import Cost, Site
+from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.ops.dispatch import Backend, Op
-from attlas.ops.lags import lagged_sum
 from attlas.ops.linear_scan import linear_scan
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import alone, short_convolution
 from attlas.ops.softmax import blank_padding
 
 Weights = tuple[Tensor, ...]
@@ -122,7 +123,7 @@ def _torch(
     *,
     chunk: int = 1,
 ) -> tuple[Tensor, MemoryState]:
-    with torch.autocast(q_BHND.device.type, enabled=False):  # rounded weights would not learn from small errors
+    with as_written(q_BHND):  # rounded weights would not learn from small errors
         tokens = blank_padding(keep_BN, *(wide(x) for x in (q_BHND, k_BHND, v_BHND)))
         rates = [wide(x) for x in (step_BHN, momentum_BHN, forget_BHN)]
         rates.append(torch.ones_like(rates[0]))
@@ -256,7 +257,7 @@ def memory_flops(shapes: list[tuple[int, int]], tokens: int, filled: int, chunk:
 
 
 class LayerState(NamedTuple):
-    """The memory, and the last rows before the convolution (B, K - 1, 3 dim)."""
+    """The memory, and the last rows of real tokens before the convolution (B, K - 1, 3 dim)."""
 
     memory: MemoryState
     tail: Tensor
@@ -265,9 +266,10 @@ class LayerState(NamedTuple):
 class NeuralMemory(nn.Module):
     """The memory with what stands around it: projections, convolutions, rates, normalised and gated output.
 
-    q, k, v are projections behind a causal convolution of each channel and a SiLU, q and k of length 1. The rates of
-    each head are sigmoids of a projection of the token. Answers are divided by their root mean square, multiplied by a
-    SiLU gate of the token and projected.
+    q, k, v are projections behind a causal convolution of each channel over the real tokens and a SiLU, q and k of
+    length 1. The rates of each head are sigmoids of a projection of the token, the step divided by the tokens of a
+    chunk, whose gradients add up. Answers are divided by their root mean square, multiplied by a SiLU gate of the token
+    and projected.
 
     Args:
         site: where it is installed; heads divide dim.
@@ -275,8 +277,9 @@ class NeuralMemory(nn.Module):
         expansion: width of the memory's hidden layers, in head sizes.
         chunk: tokens whose gradients are taken at the same weights.
         kernel: tokens that a convolution sees.
-        max_step: theta stays below it. It starts near max_step / (8 chunk), so that a chunk of equal tokens does not
-            overshoot. The memory starts empty, its last layer being 0, and the convolutions start as the identity.
+        max_step: theta stays below max_step / chunk and starts at an eighth of that. With 1, a matrix without momentum
+            never diverges; with momentum near 1, and where there are more layers and large values, it still may. The
+            memory starts empty, its last layer being 0, and the convolutions start as the identity.
     """
 
     def __init__(self, site: Site, *, depth: int, expansion: int, chunk: int, kernel: int, max_step: float) -> None:
@@ -300,14 +303,14 @@ class NeuralMemory(nn.Module):
         self.taps = nn.Parameter(F.pad(torch.ones(1, 3 * dim), (0, 0, 0, kernel - 1)))
         self.rates = nn.Linear(dim, 3 * heads)
         with torch.no_grad():
-            self.rates.bias.copy_(torch.tensor([-math.log(8 * chunk), 0.0, -4.0]).repeat_interleave(heads))
+            self.rates.bias.copy_(torch.tensor([-math.log(7), 0.0, -4.0]).repeat_interleave(heads))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
 
     def start(self, batch: int, like: Tensor) -> LayerState:
         """The learned initial memory, without momentum."""
         weights = tuple(wide(w.to(like)).expand(batch, -1, -1, -1) for w in self.initial)
         momentum = tuple(torch.zeros_like(w) for w in weights)
-        tail = like.new_zeros(batch, self.kernel - 1, self.taps.shape[1])
+        tail = wide(like.new_zeros(batch, self.kernel - 1, self.taps.shape[1]))
         return LayerState(MemoryState(weights, weights, momentum, 0), tail)
 
     def read(
@@ -316,7 +319,7 @@ class NeuralMemory(nn.Module):
         """Learn every token and answer it, (B, N, dim) each; the state behind the last one."""
         x_BNC = blank(x_BNC, keep)
         rows = torch.cat([proj(x_BNC) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1)
-        mixed, tail = self._convolve(rows, state.tail, self.taps, backend)
+        mixed, tail = self._convolve(rows, state.tail, self.taps, keep)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in mixed.chunk(3, -1))
         rates = F.linear(wide(x_BNC), wide(self.rates.weight), wide(self.rates.bias))
         step, momentum, forget = rates.sigmoid().transpose(1, 2).chunk(3, 1)
@@ -324,7 +327,7 @@ class NeuralMemory(nn.Module):
             _unit(q),
             _unit(k),
             v,
-            step * self.max_step,
+            step * (self.max_step / self.chunk),
             momentum,
             forget,
             state.memory,
@@ -334,24 +337,78 @@ class NeuralMemory(nn.Module):
         )
         return self._finish(o, x_BNC), LayerState(memory, tail)
 
-    def recall(self, x_BNC: Tensor, state: LayerState, tail: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    def recall(
+        self, x_BNC: Tensor, state: LayerState, tail: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Answers with the weights with which the chunk began, and the last rows of queries (B, K - 1, dim)."""
         dim = x_BNC.shape[2]
-        mixed, tail = self._convolve(self.q_proj(x_BNC), tail, self.taps[:, :dim], backend)
+        mixed, tail = self._convolve(self.q_proj(x_BNC), tail, self.taps[:, :dim], keep)
         q = _unit(mixed.unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             o = ask(q, state.memory.anchor)
         return self._finish(o, x_BNC), tail
 
     @staticmethod
-    def _convolve(rows: Tensor, tail: Tensor, taps: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        past = torch.cat([tail, rows], 1)
-        mixed = F.silu(wide(lagged_sum(wide(past), wide(taps), rows.shape[1], backend=backend)))
-        return mixed, past[:, rows.shape[1] :].clone()
+    def _convolve(rows: Tensor, tail: Tensor, taps: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        mixed, tail = short_convolution(wide(rows), wide(taps), tail, keep)
+        return F.silu(wide(mixed)), tail.clone()  # a copy: nothing keeps the whole segment alive
 
     def _finish(self, o_BHND: Tensor, x_BNC: Tensor) -> Tensor:
         o = rms_norm(self.norm, o_BHND.transpose(1, 2).flatten(2)) * F.silu(wide(self.gate_proj(x_BNC)))
         return self.out_proj(o.to(x_BNC.dtype))
+
+    def literal(self, x_BNC: Tensor, keep: Tensor | None) -> tuple[Tensor, Weights]:
+        """`read` from the beginning, written out: the answers, and the weights behind the last token."""
+        q_BHND, k_BHND, v_BHND = (self._literal_row(x_BNC, keep, place) for place in range(3))
+        rates_B3HN = project(self.rates, x_BNC).sigmoid().transpose(1, 2).unflatten(1, (3, self.heads))
+        step, momentum, forget = rates_B3HN.unbind(1)
+        weights = self.literal_start(len(x_BNC))
+        o, memory = neural_memory(
+            q_BHND,
+            k_BHND,
+            v_BHND,
+            self.max_step * step / self.chunk,
+            momentum,
+            forget,
+            MemoryState(weights, weights, tuple(0 * w for w in weights), 0),
+            keep,
+            chunk=self.chunk,
+            backend="oracle",
+        )
+        return self._literal_finish(o, x_BNC), memory.weights
+
+    def literal_start(self, batch: int) -> Weights:
+        """The learned weights, for each sequence."""
+        return tuple(torch.stack([wide(w)] * batch) for w in self.initial)
+
+    def literal_recall(self, x_BNC: Tensor, keep: Tensor | None, weights: Weights) -> Tensor:
+        """`recall` from the beginning, with these weights, written out."""
+        z_BHND = self._literal_row(x_BNC, keep, 0)
+        for layer, weight in enumerate(weights):
+            if layer:
+                z_BHND = z_BHND * (1 + torch.erf(z_BHND / math.sqrt(2))) / 2
+            z_BHND = torch.einsum("bhni,bhio->bhno", z_BHND, weight)
+        return self._literal_finish(z_BHND, x_BNC)
+
+    def _literal_row(self, x_BNC: Tensor, keep: Tensor | None, place: int) -> Tensor:
+        """q, k or v (B, H, N, D)."""
+        taps_KC = wide(self.taps).chunk(3, 1)[place]
+
+        def convolve(rows_1NC: Tensor) -> Tensor:
+            sums = []
+            for n in range(rows_1NC.shape[1]):
+                terms = [tap * rows_1NC[:, n - lag] for lag, tap in enumerate(taps_KC) if lag <= n]
+                sums.append(torch.stack(terms).sum(0))
+            return torch.stack(sums, 1)
+
+        mixed = alone(convolve, project((self.q_proj, self.k_proj, self.v_proj)[place], x_BNC), keep)
+        row_BHND = torch.stack((mixed * mixed.sigmoid()).chunk(self.heads, -1), 1)
+        return row_BHND if place == 2 else row_BHND / (row_BHND.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    def _literal_finish(self, o_BHND: Tensor, x_BNC: Tensor) -> Tensor:
+        gate = project(self.gate_proj, x_BNC)
+        o_BNC = literal_norm(self.norm, torch.cat(o_BHND.unbind(1), -1))
+        return project(self.out_proj, o_BNC * gate * gate.sigmoid())
 
     def count(self, tokens: int, filled: int = 0) -> Cost:
         """Of one sequence."""
@@ -366,6 +423,105 @@ class NeuralMemory(nn.Module):
         area = self.heads * sum(i * o for i, o in self.shapes)
         flops = 2 * tokens * (3 * dim * dim + dim * self.kernel + area)
         return Cost(flops, flops)
+
+
+class GatedProduct(nn.Module):
+    """silu(norm(y)) * silu(norm(m)), each norm a root mean square with weights of its own."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        """The product."""
+        product = F.silu(rms_norm(self.y_norm, y)) * F.silu(rms_norm(self.m_norm, m))
+        return product.to(y.dtype)
+
+    def literal(self, y: Tensor, m: Tensor) -> Tensor:
+        """The product, written out."""
+        y, m = literal_norm(self.y_norm, y), literal_norm(self.m_norm, m)
+        return y * y.sigmoid() * m * m.sigmoid()
+
+
+class MemoryMixer(Mixer):
+    """What the mixers with a neural memory share: the memory, persistent tokens, and reading on from a state.
+
+    Subclasses write `start`, `read` and `literal`.
+
+    Args:
+        site: where it is installed; heads divide dim.
+        backend: of the ops.
+        depth: layers of the memory; one is a matrix.
+        expansion: width of the memory's hidden layers, in head sizes.
+        chunk: tokens whose gradients are taken at the same weights.
+        kernel: real tokens that the memory's convolutions see.
+        persistent: learned tokens in front.
+        max_step: theta stays below max_step / chunk; see `NeuralMemory`.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        backend: str = "auto",
+        *,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk: int = 64,
+        kernel: int = 4,
+        persistent: int = 4,
+        max_step: float = 1.0,
+    ) -> None:
+        super().__init__(site, backend)
+        if persistent < 0:
+            raise BadInput(f"persistent counts learned tokens, got {persistent}")
+        self.memory = NeuralMemory(
+            site, depth=depth, expansion=expansion, chunk=chunk, kernel=kernel, max_step=max_step
+        )
+        self.persistent = nn.Parameter(torch.randn(1, persistent, site.dim)) if persistent else None
+
+    def front(self, like: Tensor) -> Tensor:
+        """The persistent tokens (1, P, C), of which there may be none."""
+        return like.new_zeros(1, 0, self.site.dim) if self.persistent is None else self.persistent.to(like)
+
+    def begin(self, like: Tensor) -> tuple[Tensor, LayerState]:
+        """What the memory answers to the persistent tokens (1, P, C), and the state of one sequence behind them."""
+        first, memory = self.front(like), self.memory.start(1, like)
+        return self.memory.read(first, memory, backend=self.backend) if first.shape[1] else (first, memory)
+
+    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
+        """Read all tokens."""
+        return self.advance(x_BNC, self.start(x_BNC.shape[0], x_BNC), call.mask.keys)[0]
+
+    def advance(self, x_BNC: Tensor, state: Any, keep: Tensor | None) -> tuple[Tensor, Any]:
+        """Read on; no tokens leave the state as it is."""
+        return self.read(x_BNC, state, keep) if x_BNC.shape[1] else (x_BNC, state)
+
+    @abstractmethod
+    def read(self, x_BNC: Tensor, state: Any, keep: Tensor | None) -> tuple[Tensor, Any]:
+        """Hook of `advance`, with one token at least."""
+
+    def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
+        """The whole sequence at once, written out, in float32 at least."""
+        x = wide(blank(x_BNC, call.mask.keys))
+        return self.literal(torch.cat([self.front(x)] * len(x)), x, call.mask.keys).to(x_BNC.dtype)
+
+    @abstractmethod
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """Hook of `oracle`: the persistent tokens and the sequence behind them, 0 where there is padding."""
+
+    def literal_answers(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the memory answers to the persistent tokens and to the others, written out."""
+        first, tokens = first_BPC.shape[1], x_BNC.shape[1]
+        keep = None if keep is None else F.pad(keep, (first, 0), value=True)
+        both = self.memory.literal(torch.cat([first_BPC, x_BNC], 1), keep)[0]
+        return both[:, :first], both[:, both.shape[1] - tokens :]
+
+    def count(self, sizes: Sizes) -> Cost:
+        """The memory reads the persistent tokens once, and each sequence behind them."""
+        first = 0 if self.persistent is None else self.persistent.shape[1]
+        one = self.memory.count(sizes.queries, first % self.memory.chunk)
+        every = Cost(sizes.batch * one.flops, sizes.batch * one.executed)
+        return every + self.memory.count(first)
 
 
 def blank(x_BNC: Tensor, keep: Tensor | None) -> Tensor:
@@ -392,3 +548,14 @@ def expand(state: LayerState, batch: int) -> LayerState:
 
     copies = MemoryState(each(memory.anchor), each(memory.weights), each(memory.momentum), memory.filled)
     return LayerState(copies, state.tail.expand(batch, -1, -1))
+
+
+def project(linear: nn.Linear, x: Tensor) -> Tensor:
+    """What `linear` makes of x, written out, in float32 at least."""
+    y = torch.einsum("...i,oi->...o", x, wide(linear.weight))
+    return y if linear.bias is None else y + wide(linear.bias)
+
+
+def literal_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`rms_norm`, written out."""
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * wide(norm.weight)

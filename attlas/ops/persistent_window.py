@@ -1,4 +1,4 @@
-"""Attention to the last tokens and to persistent ones, and the gated product of two layers' outputs.
+"""Attention to the last tokens and to persistent ones, alone and beside or behind a neural memory.
 
 B batch, H heads, N queries, M keys, P persistent tokens, D head size, W tokens of the window, n blocks of C queries.
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
-from attlas.core.mechanism import Cost, Site
+from attlas.core.mechanism import Cost, Site, Sizes
 from attlas.ops.dispatch import Backend, Op
-from attlas.ops.neural_memory import rms_norm
+from attlas.ops.neural_memory import MemoryMixer, project
 from attlas.ops.softmax import attention_weights, softmax_attention
 
 
@@ -138,7 +138,24 @@ class WindowAttention(nn.Module):
         o = window_attention(q, k, v, *firsts, real, self.window, backend=backend)
         past = x_BNC.shape[1]
         # Copies of the last rows, so that nothing keeps the whole segment alive.
-        return o.transpose(1, 2).flatten(2), WindowState(k[:, :, past:].clone(), v[:, :, past:].clone(), real[:, past:])
+        last = WindowState(k[:, :, past:].clone(), v[:, :, past:].clone(), real[:, past:].clone())
+        return o.transpose(1, 2).flatten(2), last
+
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """`read` from the beginning, written out."""
+        q, k, v, first_k, first_v = (
+            torch.stack(project(proj, t).chunk(self.heads, -1), 1)
+            for proj, t in (
+                (self.q_proj, x_BNC),
+                (self.k_proj, x_BNC),
+                (self.v_proj, x_BNC),
+                (self.k_proj, first_BPC),
+                (self.v_proj, first_BPC),
+            )
+        )
+        real = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool) if keep is None else keep
+        o_BHND = window_attention(q, k, v, first_k, first_v, real, self.window, backend="oracle")
+        return torch.cat(o_BHND.unbind(1), -1)
 
     def _heads(self, proj: nn.Linear, x_BNC: Tensor) -> Tensor:
         return proj(x_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -154,14 +171,48 @@ class WindowAttention(nn.Module):
         return Cost(around + 4 * dim * pairs, around + 4 * dim * made, self.heads * pairs)
 
 
-class GatedProduct(nn.Module):
-    """silu(norm(y)) * silu(norm(m)), each norm a root mean square with weights of its own."""
+class WindowedMemory(MemoryMixer):
+    """What the mixers with a neural memory and a window of attention share.
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+    Args:
+        site: where it is installed; heads divide dim.
+        backend: of `neural_memory` and `window_attention`.
+        window: tokens that a token attends to, itself included.
+        depth, expansion, chunk, kernel, persistent, max_step: see `MemoryMixer`.
+    """
 
-    def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        """The product."""
-        product = F.silu(rms_norm(self.y_norm, y)) * F.silu(rms_norm(self.m_norm, m))
-        return product.to(y.dtype)
+    def __init__(
+        self,
+        site: Site,
+        backend: str = "auto",
+        *,
+        window: int = 128,
+        depth: int = 2,
+        expansion: int = 4,
+        chunk: int = 64,
+        kernel: int = 4,
+        persistent: int = 4,
+        max_step: float = 1.0,
+    ) -> None:
+        super().__init__(
+            site,
+            backend,
+            depth=depth,
+            expansion=expansion,
+            chunk=chunk,
+            kernel=kernel,
+            persistent=persistent,
+            max_step=max_step,
+        )
+        self.attention = WindowAttention(site, window)
+        self.out_proj = nn.Linear(site.dim, site.dim, bias=False)
+        self.add()
+
+    def add(self) -> None:
+        """Hook: what else is learned."""
+
+    def count(self, sizes: Sizes) -> Cost:
+        """The memory, the window, the output."""
+        first = 0 if self.persistent is None else self.persistent.shape[1]
+        out = 2 * sizes.batch * sizes.queries * self.site.dim**2
+        return super().count(sizes) + self.attention.count(sizes.queries, sizes.batch, first) + Cost(out, out)

@@ -57,19 +57,40 @@ class Quadrature:
                 f"weights are positive, one for each point, got {tuple(self.weights.shape)} of them: {weights}"
             )
 
-    def __call__(self, grid: Grid | None, points: int, like: Tensor) -> Tensor:
-        """(M,) in float32 at least; those of a rule have the sum 1, given ones are as they are.
+    def __call__(self, grid: Grid | None, points: int, like: Tensor, keep_BM: Tensor | None = None) -> Tensor:
+        """(B or 1, M) in float32 at least; those of a rule have the sum 1 over the real points, given ones are as is.
 
         Args:
             grid: how the points lie; None for one axis.
             points: M.
             like: gives dtype and device.
+            keep_BM: False for padding, which weighs 0: a rule on one axis is that of the real points alone.
         """
         if self.weights is None:
-            return rule_weights((points,) if grid is None else grid.shape, self.rule, like)
+            return self._ruled((points,) if grid is None else grid.shape, like, keep_BM)
         if self.weights.shape[0] != points:
-            raise BadInput(f"weights were given for {self.weights.shape[0]} points, the keys are {points}")
-        return wide(self.weights.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)))
+            raise BadInput(
+                f"weights were given for {self.weights.shape[0]} points, the keys are {points}: build it with "
+                f"weights=({points} numbers) or with a rule"
+            )
+        w_BM = wide(self.weights.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)))[None]
+        return w_BM if keep_BM is None else w_BM.where(keep_BM, 0)
+
+    def _ruled(self, shape: Sequence[int], like: Tensor, keep_BM: Tensor | None) -> Tensor:
+        w_BM = rule_weights(shape, self.rule, like)[None]
+        if keep_BM is None:
+            return w_BM
+        if self.rule == "trapezoid":
+            if len(shape) > 1:
+                raise BadInput(
+                    "the rule 'trapezoid' halves the weights at the border, and padding hides where that is on a grid "
+                    f"of {len(shape)} axes: give weights=(one for each point) instead"
+                )
+            before, behind = keep_BM.cumsum(1), keep_BM.flip(1).cumsum(1).flip(1)
+            w_BM = torch.where((before == 1) | (behind == 1), 0.5, 1).to(w_BM)
+        w_BM = w_BM.where(keep_BM, 0)
+        total = w_BM.sum(1, keepdim=True)
+        return w_BM / total.where(total > 0, 1)
 
     @property
     def uniform(self) -> bool:
@@ -95,18 +116,21 @@ def normalised(x_BHMD: Tensor, w_BM: Tensor, eps: float) -> Tensor:
 
 
 def relative_l2(got: Tensor, expected: Tensor, weights: Tensor | None = None) -> Tensor:
-    """‖got − expected‖ / ‖expected‖ over channels and points, (B,).
+    """‖got − expected‖ / ‖expected‖ over channels and points, (B,) in float32 at least; 0 where both functions are 0.
 
     Args:
         got, expected: (B, C, S...) on one grid, or with M points as the last axis.
-        weights: (S...) or (M,); without them all points weigh the same.
+        weights: (S...) or (M,) for all points in order, none negative; without them all points weigh the same.
     """
     if got.shape != expected.shape:
         raise BadInput(f"functions are compared at one set of points, got {tuple(got.shape)}, {tuple(expected.shape)}")
-    if weights is None:
-        weights = got.new_full(got.shape[2:], 1 / math.prod(got.shape[2:]))
-
-    def norm(x: Tensor) -> Tensor:
-        return (x.square() * weights).flatten(1).sum(1).sqrt()
-
-    return norm(got - expected) / norm(expected)
+    got, expected = wide(got), wide(expected)
+    difference = got - expected
+    if weights is not None:
+        shape = got.shape[2:]
+        if weights.shape not in (shape, (math.prod(shape),)):
+            raise BadInput(f"there is one weight for each point of {tuple(shape)}, got {tuple(weights.shape)}")
+        root = wide(weights).sqrt().reshape(shape)
+        difference, expected = difference * root, expected * root
+    error, size = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (difference, expected))
+    return error / size.where((size > 0) | (error > 0), 1)

@@ -1,6 +1,6 @@
-"""What mixers with a recurrent state share: the sizes of heads, sequences without their gaps, a short convolution.
+"""What mixers with a recurrent state share: sizes, gates, a norm of heads, sequences without gaps, a short convolution.
 
-B batch, N tokens, C channels, L lags.
+B batch, N tokens, C channels, H heads, D features of a head, L lags.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.ops.lags import lagged_sum
+from attlas.ops.precision import wide
 
 
 def head_size(name: str, share: float, dim: int, heads: int) -> int:
@@ -20,6 +22,56 @@ def head_size(name: str, share: float, dim: int, heads: int) -> int:
     if width < 1 or abs(width - share * dim) > 1e-6 or width % heads:
         raise BadInput(f"{name} times dim splits into heads: {share} of {dim} channels do not split into {heads} heads")
     return width // heads
+
+
+def keys_ahead(queries: int, keys: int) -> int:
+    """How many keys come before the first query, where the queries are the last of the positions."""
+    if queries > keys:
+        raise BadInput(f"queries are the last of the keys' positions, got {queries} queries and {keys} keys")
+    return keys - queries
+
+
+class LogGates(nn.Sequential):
+    """Logarithms of gates, log σ(W_2 W_1 x + b) / divisor, in float32 or better.
+
+    Args:
+        dim: channels of the tokens.
+        rank: channels that the gates pass through.
+        gates: how many there are.
+        divisor: what holds the gates near 1, the larger the nearer.
+    """
+
+    def __init__(self, dim: int, rank: int, gates: int, divisor: float) -> None:
+        if rank < 1:
+            raise BadInput(f"rank counts the channels that the gates pass through, at least 1, got {rank}")
+        if divisor <= 0:
+            raise BadInput(f"divisor is positive: what it divides is the logarithm of a gate below 1; got {divisor}")
+        super().__init__(nn.Linear(dim, rank, bias=False), nn.Linear(rank, gates))
+        self.divisor = divisor
+
+    def logits(self, x_BNC: Tensor) -> Tensor:
+        """W_2 W_1 x + b."""
+        return wide(super().forward(x_BNC))
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        """(B, N, gates), at most 0."""
+        return F.logsigmoid(self.logits(x_BNC)) / self.divisor
+
+
+def roomy(x: Tensor) -> Tensor:
+    """`x` in float32 if it is float16, which ends at 65504: sums over a sequence that are normed later pass that."""
+    return wide(x) if x.dtype == torch.float16 else x
+
+
+def normed_heads(o_BNHD: Tensor, like: Tensor, eps: float, weight_D: Tensor | None = None) -> Tensor:
+    """Each head over its root mean square, made in float32, as channels (B, N, H D) in the dtype of `like`."""
+    weight = None if weight_D is None else wide(weight_D)
+    return F.rms_norm(wide(o_BNHD), o_BNHD.shape[-1:], weight, eps).flatten(2).to(like.dtype)
+
+
+def projection_flops(module: nn.Module, tokens: int) -> int:
+    """FLOPs of the linear layers of `module`, each once on every token."""
+    return 2 * tokens * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def alone(run: Callable[[Tensor], Tensor], x_BNC: Tensor, keep_BN: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ B batch, C channels, H and W the grid.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,33 +29,27 @@ def resample(x_BCHW: Tensor, size: tuple[int, int], mode: str = "bilinear") -> T
     """x on a grid of `size`, as x itself where that is its size.
 
     "bilinear" holds the border values beyond the middle of the outermost cells. "fourier" takes x as periodic, keeps
-    its mean exactly and, going up, its values at all points that both grids have.
+    its mean exactly and, going up, its values at all points that both grids have: points lie in the middle of cells,
+    so that there are such points where one grid is an odd number of times as fine.
     """
     check_mode(mode)
     if tuple(x_BCHW.shape[2:]) == tuple(size):
         return x_BCHW
     if mode == "bilinear":
         return F.interpolate(x_BCHW, size, mode="bilinear")
-    x = wide(x_BCHW)
-    for dim, length in zip((2, 3), size, strict=True):
-        x = _fourier(x, length, dim)
-    return x.to(x_BCHW.dtype)
+    rows = _fourier(wide(x_BCHW).mT, size[0]).mT
+    return _fourier(rows, size[1]).to(x_BCHW.dtype)
 
 
-def _fourier(x: Tensor, size: int, dim: int) -> Tensor:
-    length = x.shape[dim]
+def _fourier(x: Tensor, size: int) -> Tensor:
+    """Along the last axis."""
+    length = x.shape[-1]
     if length == size:
         return x
-    modes = torch.fft.fft(x, dim=dim, norm="forward")
-    paired = (min(length, size) - 1) // 2
-    positive, negative = modes.narrow(dim, 0, paired + 1), modes.narrow(dim, length - paired, paired)
-    shape = list(x.shape)
-    if length % 2 == 0 and size > length:
-        # The highest frequency of an even grid stands for both signs; on a finer grid they part.
-        highest = modes.narrow(dim, length // 2, 1) / 2
-        shape[dim] = size - length - 1
-        parts = [positive, highest, modes.new_zeros(shape), highest, negative]
-    else:
-        shape[dim] = size - 2 * paired - 1
-        parts = [positive, modes.new_zeros(shape), negative]
-    return torch.fft.ifft(torch.cat(parts, dim), dim=dim, norm="forward").real
+    modes = torch.fft.rfft(x, norm="forward")
+    k = torch.arange(modes.shape[-1], dtype=x.dtype, device=x.device)
+    # The highest frequency of an even grid stands for both signs: a finer grid parts it, a coarser has none above.
+    share = torch.where(2 * k < min(length, size), 1, 0.5 if size > length else 0).to(x)
+    # Point 0 lies half a cell from the border, and cells differ.
+    turn = torch.polar(share, k * math.pi * (1 / size - 1 / length))
+    return torch.fft.irfft(modes * turn, size, norm="forward")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import repeat_heads
 
 LOW = -30.0
@@ -48,7 +48,7 @@ def softplus_weights(q_BHND: Tensor, k_BGMD: Tensor, mask: Mask, scale: float) -
     """
     heads, queries, keys = q_BHND.shape[1], q_BHND.shape[2], k_BGMD.shape[2]
     q, k = (F.normalize(wide(x), dim=-1) for x in (q_BHND, repeat_heads(k_BGMD, heads)))
-    with torch.autocast(q.device.type, enabled=False):  # what is sharpened afterwards must not be rounded before
+    with as_written(q):  # what is sharpened afterwards must not be rounded before
         cosines = q @ k.mT
     lengths_N1 = row_lengths(mask, queries, keys, cosines)
     scores = cosines * (scale * lengths_N1.clamp(min=1).log())

@@ -11,8 +11,9 @@ from torch import nn
 
 import attlas
 from attlas.adapt.function_space import InputOutputInterpolate, convert, relative_l2
-from attlas.blocks.function_space import LearnedMap, SpectralConv2d
+from attlas.blocks.function_space import DifferentialConv2d, LearnedMap, SpectralConv2d
 from attlas.core.errors import BadInput
+from attlas.mechanisms.conv.mgno import VCycle
 
 
 def function(points, channels=2, dtype=torch.float64):
@@ -62,12 +63,13 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "fourier"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_converted_layers_converge_as_the_grid_is_refined(name):
+def test_converted_layers_converge_as_the_grid_is_refined(name, interpolation):
     layer = LAYERS[name]()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    found = steps(convert(layer, 32))
+    found = steps(convert(layer, 32, interpolation=interpolation))
     assert found[-1] < 0.05
     assert found[-1] < 0.7 * max(found[:-1])
 
@@ -111,15 +113,78 @@ def test_a_kernel_at_twice_the_resolution_by_hand(padding):
     assert torch.allclose(convert(conv, 16)(x), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "fourier"])
 @pytest.mark.parametrize("points", [16, 24, 40, 48, 56])
-def test_no_ratio_takes_a_centred_kernel_off_its_centre(points):
+def test_no_ratio_takes_a_centred_kernel_off_its_centre(points, interpolation):
     """A symmetric kernel on a symmetric function gives a symmetric one, wherever rounding leaves the taps."""
     conv = nn.Conv2d(1, 1, 5, padding=2).double()
     conv.weight.data += conv.weight.data.flip(3)
     x = torch.randn(1, 1, points, points, dtype=torch.float64)
-    y = convert(conv, 32)(x + x.flip(3))
+    y = convert(conv, 32, interpolation=interpolation)(x + x.flip(3))
     assert y.shape == x.shape
     assert torch.allclose(y, y.flip(3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("points", [32, 64, 128])
+@torch.no_grad()
+def test_a_table_and_a_transposed_convolution_stay_where_they_are(points):
+    """The first mode of the output has the phase that it has on the base grid."""
+
+    def phase(y):
+        modes = torch.fft.fft(y[0, 0].mean(0))
+        places = (torch.arange(y.shape[3]) + 0.5) / y.shape[3]
+        assert modes[1].abs() > 0.1
+        return (y[0, 0].mean(0) * torch.exp(-2j * math.pi * places)).sum().angle()
+
+    table, up = LearnedMap(1, (32, 32)).double(), nn.ConvTranspose2d(1, 1, 2, 2, bias=False).double()
+    table.table.data.copy_(function(32, 1)[0].mT)
+    up.weight.data.fill_(1)
+    f = function(points, 1).mT
+    for layer, x in ((table, torch.zeros_like(f)), (up, f)):
+        y = convert(layer, 32, interpolation="fourier")(x)
+        assert phase(y) == pytest.approx(phase(f).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.MaxPool2d(2, 2, 1),
+        lambda: nn.MaxPool2d(3, 2, 1),
+        lambda: nn.MaxPool2d(3, 1, 1),
+        lambda: nn.MaxPool2d(2, 1),
+        lambda: nn.AvgPool2d(2, 2, 1, count_include_pad=False),
+        lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        lambda: nn.AvgPool2d(5, 3, 2, count_include_pad=False),
+    ],
+)
+@pytest.mark.parametrize("base", [15, 16])
+def test_every_window_of_a_pool_holds_a_point(build, base):
+    pool = build()
+    operator = convert(pool, base)
+    outputs = pool(torch.randn(1, 1, base, base)).shape[2]
+    for points in range(base // 2, 4 * base + 1):
+        x = torch.rand(1, 1, points, base + 1) + 1
+        y = operator(x)
+        assert y.shape[2] == round(outputs * points / base)
+        assert y.min() >= 1
+        assert y.max() <= 2
+
+
+def test_a_strided_convolution_of_one_tap_keeps_pace_with_those_of_more():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.skip = nn.Conv2d(1, 1, 3, 2, 1), nn.Conv2d(1, 1, 1, 2)
+
+        def forward(self, x):
+            return self.main(x) + self.skip(x)
+
+    for base, points in ((15, 30), (15, 20), (16, 24), (16, 40)):
+        operator = convert(Block(), base)
+        assert operator.report.where("converted") == ["main", "skip"]
+        assert operator(torch.randn(1, 1, points, points)).shape[2] == round(8 * points / base)
+    padded = convert(nn.Conv2d(1, 1, 1, padding=1), 8)
+    assert padded(torch.randn(1, 1, 16, 16)).shape == (1, 1, 20, 20)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 48), (64, 128), (36, 60), (32, 40)])
@@ -169,6 +234,82 @@ def test_what_is_not_known_is_left_and_said_so():
     assert report.where("kept") == ["0.act"]
     assert "table" in str(report)
     assert "Rotary positions count tokens" in str(report)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=self.padding)
+
+
+class Inside(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+class Both(nn.MaxPool2d):
+    def forward(self, x):
+        return super().forward(x) - super().forward(-x)
+
+
+class Scaled(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Doubled(nn.GELU):
+    def forward(self, x):
+        return super().forward(x + x.mean())
+
+
+class Renamed(nn.Conv2d):
+    """Nothing of its own."""
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_as_it_is():
+    own = nn.Sequential(
+        Standardised(2, 2, 3, padding=1), Inside(2, 2, 1), Both(3, 1, 1), Scaled([2, 8, 8]), Doubled(), Renamed(2, 2, 3)
+    )
+    operator, x = convert(own, 8), torch.randn(1, 2, 8, 8)
+    assert operator.report.where("left") == ["0", "1", "2", "3", "4"]
+    assert operator.report.where("converted") == ["5"]
+    assert "a Conv2d with a forward of its own" in str(operator.report)
+    assert torch.equal(operator(x), own(x))
+
+
+def test_a_parametrized_layer_is_left_unless_it_is_pointwise():
+    def normed(conv):
+        return nn.utils.parametrizations.weight_norm(conv)
+
+    model = nn.Sequential(normed(nn.Conv2d(2, 2, 3, padding=1)), normed(nn.Conv2d(2, 2, 1)))
+    operator = convert(model, 8)
+    assert operator.report.where("left") == ["0"]
+    assert operator.report.where("kept") == ["1"]
+    assert "parametrized" in str(operator.report)
+    for points in (8, 16):
+        x = torch.randn(1, 2, points, points)
+        assert torch.equal(operator(x), model(x))
+
+
+def test_of_adaptive_pools_only_the_mean_of_everything_is_an_operator():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.AdaptiveMaxPool2d((1, 4)), nn.AdaptiveAvgPool2d((1, 1)))
+    report = convert(model, 32).report
+    assert report.where("left") == ["0", "1"]
+    assert report.where("kept") == ["2"]
+    assert "always 8 x 8 cells" in str(report)
+
+
+def test_a_multigrid_cycle_is_left_as_one():
+    report = convert(nn.Sequential(VCycle(1, 2, steps=((1, 0), (1, 0))), nn.Conv2d(2, 1, 3)), 8).report
+    assert report.where("left") == ["0"]
+    assert report.where("converted") == ["1"]
+
+
+def test_a_finite_difference_on_cells_that_are_no_squares_is_refused():
+    operator = convert(DifferentialConv2d(1, 1), 8)
+    assert operator.report.where("kept") == ["(model)"]
+    assert operator(torch.randn(1, 1, 16, 16)).shape == (1, 1, 16, 16)
+    with pytest.raises(BadInput, match="no squares"):
+        operator(torch.randn(1, 1, 16, 24))
 
 
 def test_operators_are_kept():

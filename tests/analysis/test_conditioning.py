@@ -86,6 +86,9 @@ def test_a_chain_of_layers_fails_as_independent_layers_do():
 def test_heads_that_vote_fail_where_more_than_half_of_them_do():
     assert conditioning.vote(0.2, 3) == pytest.approx(3 * 0.2**2 * 0.8 + 0.2**3)
     assert conditioning.vote(0.2, 1) == pytest.approx(0.2)
+    assert [conditioning.vote(error, 3) for error in (0, 1)] == [0, 1]
+    assert 0.9 < conditioning.vote(0.999999, 1001) <= 1
+    assert conditioning.vote(0.5, 10_001) == pytest.approx(0.5)
     generator = torch.Generator().manual_seed(1)
     asked = torch.zeros(5 * 4000, dtype=torch.long)
     wrong = (conditioning.recall(asked, 16, 32, generator) != asked).reshape(4000, 5)
@@ -93,7 +96,6 @@ def test_heads_that_vote_fail_where_more_than_half_of_them_do():
     sigma = math.sqrt(expected * (1 - expected) / 4000)
     assert abs(float((wrong.sum(1) > 2).double().mean()) - expected) < 3 * sigma
     # Three heads fail exactly where two of them are wrong.
-    asked = asked[:20_000]
     error = float((conditioning.recall(asked, 32, 64, generator) != asked).double().mean())
     expected = conditioning.chain(conditioning.vote(error, 3), 4)
     sigma = math.sqrt(expected * (1 - expected) / 1000)
@@ -144,8 +146,14 @@ def test_what_has_no_meaning_is_refused(delta):
         conditioning.chain(1.5, 2)
     with pytest.raises(BadInput, match="pairs is at least 1"):
         conditioning.capacity_curve([4], [0])
-    with pytest.raises(BadInput, match="two pairs of positive numbers"):
-        conditioning.exponent([1], [1])
+    for x in ([1], [2, 2]):
+        with pytest.raises(BadInput, match="two pairs of positive numbers, of different x"):
+            conditioning.exponent(x, [3, 4][: len(x)])
+    for name in ("layers", "heads"):
+        with pytest.raises(BadInput, match=f"{name} is at least 1, got 0"):
+            conditioning.trade_off(65_536, 16, **{"layers": [1], "heads": [1]} | {name: [1, 0]})
+    with pytest.raises(BadInput, match="trials is at least 1, got 0"):
+        conditioning.blocking(delta, 0)
     with pytest.raises(BadInput, match="one after the other by one head"):
         conditioning.acquisition(attlas.make_attend("pavlovian_hebb", 1, SIZE))
     with pytest.raises(BadInput, match="at least 2 features"):

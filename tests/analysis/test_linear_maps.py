@@ -70,7 +70,8 @@ def test_ranks_of_matrices_whose_singular_values_are_known():
     assert float(effective_rank(x)) == pytest.approx(3, abs=1e-6)
     p = torch.tensor([0.5, 0.25, 0.25])
     assert float(effective_rank(torch.diag(4 * p))) == pytest.approx(2**1.5)
-    assert int(numerical_rank(torch.zeros(3, 4))) == 0
+    assert int(numerical_rank(torch.zeros(3, 4))) == float(effective_rank(torch.zeros(3, 4))) == 0
+    assert effective_rank(torch.stack([torch.zeros(2, 2), torch.eye(2)])).tolist() == pytest.approx([0, 2])
 
 
 def test_linear_attention_has_the_rank_of_its_head_and_softmax_all():
@@ -92,6 +93,8 @@ def test_row_entropy_is_0_for_one_key_and_1_for_all():
     half = torch.tensor([[0.5, 0.5, 0, 0]]).expand(1, 1, 4, 4)
     assert float(row_entropy(half)) == pytest.approx(0.5)
     assert float(row_entropy(torch.zeros(1, 1, 2, 3))) == 1
+    for causal in (False, True):
+        assert row_entropy(torch.ones(2, 3, 1, 1), causal=causal).tolist() == [[1.0] * 3] * 2
 
 
 def test_softmax_sharpens_with_the_length_of_the_query():
@@ -122,8 +125,19 @@ def test_a_causal_head_is_asked_at_the_end_and_keeps_fewer_where_it_fades():
     assert stored_pairs("pavlovian_oja", 16, decay=0.2) < stored_pairs("pavlovian_oja", 16, decay=0.0)
 
 
-def test_softmax_reaches_the_limit():
+def test_softmax_reaches_the_limit_only_where_its_size_allows():
     assert stored_pairs("softmax", 32, limit=100) == 100
+    assert stored_pairs("softmax", 8) == 188
+
+
+def test_a_rule_that_corrects_itself_stores_no_more_of_pairs_that_are_shown_once():
+    assert stored_pairs("pavlovian_delta", 16) < stored_pairs("pavlovian_hebb", 16)
+
+
+def test_the_generator_of_the_user_stays_as_it_is():
+    before = torch.get_rng_state()
+    assert stored_pairs("pavlovian_delta", 8, limit=4, seed=3) == 4
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_largest_number_that_holds():
@@ -137,6 +151,15 @@ def test_capacity_without_a_meaning_is_refused():
         retrieved(attlas.make_attend("softmax", 2, 16), 4)
     with pytest.raises(BadInput, match="level is a share of right answers above guessing"):
         hebbian_pairs(16, 0.1)
+    for level in (0.1, 2):
+        with pytest.raises(BadInput, match="level is a share of right answers above guessing"):
+            stored_pairs("softmax", 16, level=level)
+    with pytest.raises(BadInput, match="limit is at least 1, got 0"):
+        stored_pairs("softmax", 16, limit=0)
+    with pytest.raises(BadInput, match="pairs is at least 1, got 0"):
+        retrieved(attlas.make_attend("softmax", 1, 16), 0)
+    with pytest.raises(BadInput, match="sets head counts of a layer"):
+        stored_pairs("softmax:gqa", 16)
 
 
 def test_random_tokens_give_all_mechanisms_the_same_queries_keys_and_values():

@@ -103,7 +103,7 @@ def test_every_mechanism_trains_on_every_task_that_it_serves(name, task, monkeyp
     monkeypatch.setattr(Task, "evaluate", evaluate)
     spec = mechanism(name).spec
     made = TASKS[task](64)
-    job = replace(TINY, mechanism=name, task=task, steps=2, batch=2, length=made.length, layers=1, parameters=90_000)
+    job = replace(TINY, mechanism=name, task=task, steps=2, batch=2, length=made.length, layers=1, parameters=400_000)
     serves = Pattern.of(made.causal, cross=False) in spec.patterns and len(made.grid) in spec.grids
     if serves and not spec.class_token:
         result = train(job)

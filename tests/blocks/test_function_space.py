@@ -35,6 +35,10 @@ def test_a_sampled_function_integrates_over_its_domain():
     assert torch.allclose(f.integral(), 4 * periodic(32).mean((2, 3)))
     assert torch.allclose(f.mean(), periodic(32).mean((2, 3)))
     assert torch.allclose(f.norm() ** 2, 4 * periodic(32).square().sum(1).mean((1, 2)))
+    nothing = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    SampledFunction.on_grid(nothing).norm().sum().backward()
+    assert nothing.grad is not None
+    assert not nothing.grad.any()
     assert f.coordinates.min() == pytest.approx(1 / 32)
     assert f.coordinates.max() == pytest.approx(2 - 1 / 32)
 
@@ -95,6 +99,17 @@ def test_a_finite_difference_becomes_a_derivative():
     assert layer(torch.ones(1, 1, 8, 8).double()).abs().max() < 1e-9
 
 
+def test_a_finite_difference_has_one_spacing_so_cells_are_squares():
+    layer = DifferentialConv2d(1, 1).double()
+    wide = DifferentialConv2d(1, 1, length=(1.0, 2.0)).double()
+    wide.load_state_dict(layer.state_dict())
+    f = periodic(16, 1)
+    assert torch.allclose(wide(torch.cat([f, f], 3)), torch.cat([layer(f)] * 2, 3), rtol=0, atol=1e-12)
+    for refused, x in ((layer, f[..., ::2]), (wide, f)):
+        with pytest.raises(BadInput, match="no squares"):
+            refused(x)
+
+
 @pytest.mark.parametrize("around", [False, True])
 @torch.no_grad()
 def test_a_local_integral_converges(around):
@@ -112,6 +127,32 @@ def test_a_local_integral_over_a_grid_equals_that_over_its_points(around):
     f = SampledFunction.on_grid(periodic(12))
     points = SampledFunction(f.values.flatten(2), f.coordinates, f.weights)
     assert torch.allclose(layer(f).values.flatten(2), layer(points).values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_local_integral_over_a_grid_takes_the_weights_of_the_function(around):
+    layer = LocalIntegral(2, 3, 0.3, periodic=around).double()
+    f = SampledFunction.on_grid(periodic(8))
+    w = torch.rand(64).double() + 0.1
+    on_grid = layer(SampledFunction(f.values, f.coordinates, w))
+    points = layer(SampledFunction(f.values.flatten(2), f.coordinates, w))
+    assert torch.allclose(on_grid.values.flatten(2), points.values, rtol=0, atol=1e-12)
+
+
+def test_around_a_periodic_domain_a_radius_reaches_half_of_it_at_most():
+    f = SampledFunction.on_grid(periodic(8))
+    points = SampledFunction(f.values.flatten(2), f.coordinates, f.weights)
+    layer = LocalIntegral(2, 1, 0.5, periodic=True).double()
+    assert torch.allclose(layer(f).values.flatten(2), layer(points).values, rtol=0, atol=1e-12)
+    for g in (f, points):
+        with pytest.raises(BadInput, match="at most half of the length"):
+            LocalIntegral(2, 1, 0.51, periodic=True).double()(g)
+
+
+def test_a_single_angle_is_all_directions_alike():
+    turned = torch.tensor([[0.2, 0.0], [-0.2, 0.0], [0.0, 0.2]])
+    assert torch.allclose(LocalIntegral(1, 1, 0.4, angles=1).basis(turned)[1], torch.ones(3))
+    assert torch.allclose(LocalIntegral(1, 1, 0.4, angles=2).basis(turned)[1], torch.tensor([1.0, 0.0, 0.5]), atol=1e-6)
 
 
 def test_a_local_integral_of_a_constant_is_the_sum_of_its_weights():

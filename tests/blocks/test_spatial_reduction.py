@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import attlas
-from attlas import Grid
+from attlas import Grid, Mask
+from attlas.blocks.positions import LRPE, ALiBi, Learned, PartRotary, RelativeBias, Rotary
 from attlas.blocks.spatial_reduction import SpatialReduction
 from attlas.core.errors import BadInput, Unsupported
 from attlas.ops.flops import flop_counter
@@ -95,16 +96,40 @@ def test_parameters_of_agent_pvt(depths, millions):
     assert round(pvt_parameters(depths) / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize(
+    "position", [RelativeBias(2, (4, 6)), ALiBi(2), Rotary(4), PartRotary(2, 2), LRPE(2, 4), Learned(8, 24)]
+)
+def test_reduced_keys_stand_at_no_position(position):
+    attend = attlas.make_attend("softmax", 2, 4, grid=(4, 6))
+    with pytest.raises(BadInput, match=f"so that {type(position).__name__} has no place here"):
+        SpatialReduction(attend, reduction=2, position=position)
+    assert SpatialReduction(attend, reduction=2, position=None)(torch.randn(1, 24, 8)).shape == (1, 24, 8)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(causal=True),
+        Mask.window(2),
+        Mask.biased(torch.zeros(1, 1, 24, 24)),
+        Mask.padding(torch.ones(1, 24, dtype=torch.bool)),
+        Mask(queries=torch.ones(1, 24, dtype=torch.bool)),
+    ],
+)
+def test_masks_over_tokens_are_refused(mask):
+    with pytest.raises(Unsupported, match=r"without padding, causality.* take attlas.mixer\('softmax', ...\)"):
+        reduced("softmax", 2)(torch.randn(1, 24, 8), mask=mask)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(BadInput, match="noncausal attend with grid"):
         SpatialReduction(attlas.make_attend("softmax", 2, 4), reduction=2)
-    with pytest.raises(BadInput, match="reduction is at least 1, got 0"):
-        reduced("softmax", 0)
+    for reduction in (0, 2.5):
+        with pytest.raises(BadInput, match=f"reduction is a whole number, at least 1, got {reduction}"):
+            reduced("softmax", reduction)
     with pytest.raises(BadInput, match="by 5 each, got a grid 4x6"):
         reduced("softmax", 5)(torch.randn(1, 24, 8))
     layer = reduced("softmax", 2)
-    with pytest.raises(Unsupported, match="without padding"):
-        layer(torch.randn(1, 24, 8), mask=torch.ones(1, 24, dtype=torch.bool))
     with pytest.raises(BadInput, match="grid 4x6 after 1 prefix"):
         layer(torch.randn(1, 25, 8), grid=Grid((4, 6), prefix=1))
     with pytest.raises(BadInput, match="reduction is at least 1, as many keys"):

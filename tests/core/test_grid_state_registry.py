@@ -73,7 +73,7 @@ def test_names_filters_and_nearest():
     assert "softmax" in attlas.mechanisms("soft*,pool")
     assert attlas.mechanisms("softmax", pattern="causal cross", mask="bias", grid=2) == ["softmax"]
     assert "pool" not in attlas.mechanisms(pattern="noncausal cross")
-    assert attlas.mechanisms(family="conv") == ["pool"]
+    assert attlas.mechanisms("po*", family="conv") == ["pool"]
     with pytest.raises(UnknownName, match="did you mean 'softmax'"):
         attlas.mixer("sofmax", 8)
     with pytest.raises(UnknownName, match="did you mean 'softmax'"):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attlas.bench import machine
-from attlas.core.errors import BadInput
+from attlas.core.errors import BackendUnavailable, BadInput
 from attlas.kernels.cpu import build
 from attlas.kernels.cpu import gated as kernel
 from attlas.ops.delta import gated_delta_rule
@@ -142,6 +142,30 @@ def test_any_strides(kind):
     moved[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
     for a, e in zip(_results(op, moved, "cpu"), expected, strict=True):
         assert torch.equal(a, e)
+    op, inputs = _problem(kind, 2, 3, 40, 21, 23)
+    shared = [
+        inputs[0][:, :, ::2],
+        inputs[1][:, :1].expand(-1, 3, -1, -1)[:, :, ::2],
+        inputs[2][:1].expand(2, -1, -1, -1)[:, :, ::2],
+    ]
+    rest = [x[:, :, ::2] if x.shape[2] == 40 else x for x in inputs[3:]]
+    copies = [x.contiguous() for x in shared + rest]
+    for a, e in zip(_results(op, shared + rest, "cpu"), _results(op, copies, "cpu"), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("gate", [-1e-4, -1e-5])
+def test_long_memories_keep_their_digits(gate, backend):
+    """A gate near 1, rounded, would be off in the same direction at every token."""
+    q, k, v = torch.rand(3, 1, 1, 8000, 4) + 0.5
+    for kind, gates in (("per channel", torch.full((1, 1, 8000, 4), gate)), ("delta", torch.full((1, 1, 8000), gate))):
+        inputs = (
+            [q, k, v, gates] if kind != "delta" else [q, F.normalize(k, dim=-1), v, torch.full_like(gates, 0.01), gates]
+        )
+        op = gated_delta_rule if kind == "delta" else gated_linear_attention
+        exact, _ = op(*(x.double() for x in inputs), backend="torch")
+        assert _error(op(*inputs, backend=backend)[0], exact) < 5e-6
 
 
 @pytest.mark.parametrize("shut", [-1e4, -torch.inf])
@@ -177,12 +201,27 @@ def test_torch_sees_through_it(kind):
     torch.testing.assert_close(compiled(*leaves), op(*leaves, backend="cpu"))
 
 
-@pytest.mark.parametrize(("kind", "products"), [("per channel", 2), ("both ways", 4), ("delta", 3)])
-def test_flops(kind, products):
+@pytest.mark.parametrize(("kind", "ahead", "back"), [("per channel", 2, 5), ("both ways", 4, 10), ("delta", 3, 8)])
+def test_flops(kind, ahead, back):
     op, inputs = _problem(kind, 2, 3, 10, 8, 4)
+    product = 2 * 2 * 3 * 10 * 8 * 4
     with FlopCounterMode(display=False) as counter:
         op(*inputs, backend="cpu")
-    assert counter.get_total_flops() == products * 2 * 2 * 3 * 10 * 8 * 4
+    assert counter.get_total_flops() == ahead * product
+    with FlopCounterMode(display=False) as counter:
+        _results(op, inputs, "cpu")
+    assert counter.get_total_flops() == (ahead + back) * product
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_refused_with_the_cure(kind):
+    op, inputs = _problem(kind, 1, 1, 5, 4, 4)
+    leaves = [x.requires_grad_() for x in inputs]
+    o = op(*leaves, backend="cpu")
+    o = o[0] if isinstance(o, tuple) else o
+    (grad,) = torch.autograd.grad(o.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(BackendUnavailable, match="backend='torch'"):
+        grad.square().sum().backward()
 
 
 def test_bad_input():
@@ -197,6 +236,12 @@ def test_bad_input():
         kernel.gated_delta_rule(q, k, v, gates, gates[..., 0])
     with pytest.raises(BadInput, match="both directions"):
         kernel.bidirectional_gated_attention(q, k, v, gates, gates[..., :1])
+    for backend in ("cpu", "torch", "oracle"):
+        with pytest.raises(BadInput, match="q and k"):
+            op(q, k[:, :, :3], v, gates, state, backend=backend)
+        with pytest.raises(BadInput, match="at least one feature"):
+            op(q, k, v[..., :0], gates, backend=backend)
+        assert op(q, k, v, gates, state.bfloat16(), backend=backend)[1].dtype == torch.float32
     assert "float64" in str(kernel.refuses(q.double(), k.double(), v.double(), gates))
     assert "float64" in str(kernel.refuses(q, k, v, gates.double()))
     with pytest.raises(Exception, match="float16"):

@@ -133,6 +133,25 @@ def test_long_sequences_stay_bounded(name):
     assert state.sums.norm() < 50 * F.silu(layer.qkv_proj(x)).norm(dim=-1).max()
 
 
+@BOTH
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_one_token_again_and_again_stays_bounded_in_bfloat16(name, autocast, backend):
+    """A key rounded to more than length 1 would be overcorrected at beta = 2, by a factor each time."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer, x = layer_of(name, 32, largest_beta=2.0, backend=backend).float(), torch.randn(1, 1, 32) + 0.8
+        with torch.no_grad():
+            layer.beta_proj.weight.fill_(1.0)
+            if name == "gated_delta":
+                layer.log_rate.fill_(-9.0)
+        if not autocast:
+            layer, x = layer.bfloat16(), x.bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _, state = layer.extend(x.expand(1, 2000, 32), layer.initial_state(1, x))
+        assert state.sums.norm() < 20
+
+
 def test_published_sizes():
     width = 256
     layer = attlas.mixer("gated_delta", width, 2, causal=True)

@@ -100,6 +100,18 @@ def test_padding_weighs_nothing():
     assert torch.allclose(padded[:, :, :8], short[:, :, :8], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["auto", "oracle"])
+def test_padding_does_not_move_the_borders_of_a_rule(backend):
+    q, k, v = tensors(12, 12)
+    keep = (torch.arange(12) >= torch.tensor([[2], [0]])) & (torch.arange(12) < torch.tensor([[8], [0]]))
+    layer = attlas.make_attend("function_space", 2, 4, rule="trapezoid", backend=backend)
+    padded, alone = layer(q, k, v, mask=keep), layer(*(x[:, :, 2:8] for x in (q, k, v)))
+    assert torch.allclose(padded[0, :, 2:8], alone[0], rtol=0, atol=1e-12)
+    assert not padded[1].any()  # nothing to be seen
+    with pytest.raises(BadInput, match="give weights="):
+        layer(q, k, v, mask=keep, grid=(3, 4))
+
+
 def test_weights_spread_over_many_orders_survive_bfloat16():
     q, k, v = tensors(keys=64)
     w = torch.logspace(-6, 0, 64, dtype=torch.float64)
@@ -115,7 +127,7 @@ def test_weights_are_positive_numbers_in_a_row(weights):
 
 
 def test_there_are_as_many_weights_as_keys():
-    with pytest.raises(BadInput, match="given for 3 points, the keys are 5"):
+    with pytest.raises(BadInput, match=r"given for 3 points, the keys are 5: build it with weights=\(5 numbers"):
         attlas.mixer("function_space", 8, 2, weights=(1.0, 1.0, 2.0))(torch.randn(1, 5, 8))
 
 

@@ -81,9 +81,11 @@ def test_padding_enters_neither_means_nor_the_measure(over, rule):
     padded = layer(q, k, v, mask=keep)
     w = torch.ones(12, dtype=torch.float64)
     if rule == "trapezoid":
-        w[0] = 0.5
+        w[0] = w[7] = 0.5
     short = attlas.attend(q, k[:, :, :8], v[:, :, :8], "galerkin", weights=w[:8] / w[:8].sum(), over=over)
     assert torch.allclose(padded[:, :, :8], short[:, :, :8], rtol=0, atol=1e-12)
+    alone = layer(*(x[:, :, :8] for x in (q, k, v)))
+    assert torch.allclose(padded[:, :, :8], alone, rtol=0, atol=1e-12)
 
 
 def test_over_features_equals_the_oracle():

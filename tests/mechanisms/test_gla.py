@@ -49,7 +49,7 @@ def test_with_closed_gates_a_token_sees_itself_alone():
 def test_one_gate_for_all_is_an_exponential_decay():
     layer, x = with_logits(layer_of(), 0.0), torch.randn(2, 90, 16, **DOUBLE)
     distance = (torch.arange(90)[:, None] - torch.arange(90)).clamp(min=0)
-    assert torch.allclose(layer.log_decay(x).exp(), torch.tensor(0.5**0.0625, **DOUBLE))
+    assert torch.allclose(layer.decay_proj(x).exp(), torch.tensor(0.5**0.0625, **DOUBLE))
     weights = (scores(layer, x) * 0.5 ** (distance.double() / 16)).tril()
     assert torch.allclose(layer(x), ungated(layer, x, weights), atol=1e-10)
 
@@ -76,10 +76,23 @@ def test_gates_near_zero_and_near_one_side_by_side_stay_finite():
     layer, x = layer_of(divisor=1e-2).float(), 30 * torch.randn(2, 3 * CHUNK, 16)
     leaf = x.requires_grad_()
     y = layer(leaf)
-    assert layer.log_decay(x).min() < -1000
+    assert layer.decay_proj(x).min() < -1000
     assert all(torch.isfinite(t).all() for t in (y, *torch.autograd.grad(y.sum(), [leaf, *layer.parameters()])))
     expected = layer.double()(x.detach().double()).detach()
     assert torch.allclose(y.double(), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "oracle"])
+def test_sums_beyond_float16_are_normed_away(backend):
+    layer, x = layer_of(32, backend=backend), 3 * torch.randn(1, 1, 32, **DOUBLE) + torch.randn(1, 64, 32, **DOUBLE)
+    with torch.no_grad():
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+            projection.weight.mul_(10)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16):
+        mixed = layer.float()(x.float())
+    for y in (mixed, layer.half()(x.half())):
+        assert (y - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_padding_is_skipped():

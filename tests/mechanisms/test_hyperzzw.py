@@ -62,6 +62,15 @@ def test_branches_are_standardised():
     assert torch.allclose(x.var(1, unbiased=False), torch.ones(3, 4).double(), atol=1e-4)
 
 
+def test_the_product_in_a_gated_unit_is_kept_wide():
+    layer = build(8, 16).half().eval()
+    unit, x = layer.gated, (150 * images(8, 16)).half()
+    assert not (unit.k(x) * unit.q(unit.v(x))).isfinite().all()
+    assert layer(x).isfinite().all()
+    got = unit(x).float().detach()
+    assert torch.allclose(got, unit.float()(x.float()), rtol=0.02, atol=0.02 * float(got.abs().max()))
+
+
 def test_the_global_branch_is_a_matrix_product_of_maps():
     """With the output reading the first global branch alone."""
     layer = build().eval()
@@ -181,9 +190,11 @@ def test_two_layers_without_residuals_learn_to_tell_gratings():
 
 
 def test_what_has_no_meaning_is_refused():
-    for grid in (None, (4, 5), (16,), (1, 1)):
+    for grid in (None, (4, 5), (1, 1)):
         with pytest.raises(BadInput, match=r"build it with grid=\(side, side\)"):
             attlas.mixer("hyperzzw", 4, grid=grid)
+    with pytest.raises(Unsupported, match="does not serve a grid 16"):
+        attlas.mixer("hyperzzw", 4, grid=(16,))
     for kernels in ((3, 5, 7), (3, 5, 7, 8), (1, 3, 5, 7)):
         with pytest.raises(BadInput, match="four odd sizes of at least 3"):
             build(kernels=kernels)

@@ -20,6 +20,14 @@ def masked(q, k, v, slopes):
     return (q @ k.mT * decay) @ v
 
 
+def test_a_model_laid_out_on_meta_keeps_its_slopes():
+    with torch.device("meta"):
+        layer, alibi = attlas.make_attend("lightning", 2, 4, causal=True), attlas.positions.ALiBi(2)
+    q, k, v = torch.randn(3, 1, 2, 5, 4, **DOUBLE)
+    assert torch.equal(layer(q, k, v), attlas.attend(q, k, v, "lightning", causal=True))
+    assert alibi.slopes.is_meta  # a buffer goes where the model goes
+
+
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0, 20.0])
 def test_blocks_recurrence_and_pairs_agree(slope):
     q, k = torch.randn(2, 2, 3, 201, 6, **DOUBLE)

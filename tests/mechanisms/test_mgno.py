@@ -2,58 +2,23 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import attlas
 from attlas import Grid
 from attlas.core.errors import BadInput
 from attlas.mechanisms.conv.mgno import VCycle
+from examples.mgno import classical
 
 
 def smooth(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def classical(length, residual, steps=2, boundary="dirichlet"):
-    """Multigrid for −Δu = f, h² = 1: damped Jacobi, full weighting, bilinear interpolation, Π = 0."""
-    levels = (length - 1).bit_length() - 1
-    schedule = [(steps, steps)] * (levels - 1) + [(steps, 0)]
-    cycle = VCycle(1, 1, steps=schedule, residual=residual, shape=(length, length), boundary=boundary).double()
-    stencil = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]]).double()
-    hat = torch.tensor([0.5, 1, 0.5]).double()
-    with torch.no_grad():
-        for name, conv in cycle.named_modules():
-            if not isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
-                continue
-            conv.weight.zero_()
-            if name.endswith("operator"):
-                conv.weight[0, 0] = stencil
-            elif name.endswith("smoother"):
-                conv.weight[0, 0, 1, 1] = 0.8 / 4
-            elif name.endswith("restrict"):  # full weighting, times 4 for the spacing that has doubled
-                conv.weight[0, 0] = hat[:, None] * hat
-            elif name.endswith("prolong"):
-                rows, columns = (F.pad(hat, (0, taps - 3)) for taps in conv.kernel_size)
-                conv.weight[0, 0] = rows[:, None] * columns
-    return cycle, stencil
-
-
-@torch.no_grad()
 def residual_factor(interior, residual, cycles=8):
-    """What a V-cycle multiplies the residual by, on average.
-
-    The border is on the grid and held at 0 as a hole is, so that it lies at the same place on every level.
-    """
-    cycle, stencil = classical(interior + 2, residual)
-    keep = F.pad(torch.ones(1, 1, interior, interior, dtype=torch.bool), (1, 1, 1, 1))
-    f = smooth(1, 1, interior + 2, interior + 2) * keep
-    u, norms = torch.zeros_like(f), []
-    for _ in range(cycles + 1):
-        rest = (f - F.conv2d(u, stencil[None, None], padding=1)) * keep
-        norms.append(rest.norm())
-        u = u + cycle(rest, keep)
-    return float((norms[-1] / norms[0]) ** (1 / cycles))
+    """What a V-cycle multiplies the residual by, on average."""
+    norms = classical(interior, residual, cycles)
+    return (norms[-1] / norms[0]) ** (1 / cycles)
 
 
 @pytest.mark.parametrize("interior", [31, 63, 127])
@@ -177,6 +142,13 @@ def test_a_single_point_has_no_mirror_image():
 def test_layer_norms_need_the_grid():
     with pytest.raises(BadInput, match="pass shape"):
         VCycle(1, 4, normed=True)
+
+
+@pytest.mark.parametrize("name", ["forward", "oracle"])
+def test_layer_norms_and_holes_are_refused_together(name):
+    cycle = VCycle(1, 2, steps=((1, 0), (1, 0)), shape=(8, 8), normed=True)
+    with pytest.raises(BadInput, match="no meaning with holes"):
+        getattr(cycle, name)(torch.randn(1, 1, 8, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool))
 
 
 def test_a_sequence_is_refused():

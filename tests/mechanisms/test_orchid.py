@@ -110,12 +110,45 @@ def test_a_padded_sequence_is_mixed_as_if_it_were_alone(conditioning):
     assert not got[~keep].any()
 
 
-def test_padding_on_a_plane_is_zeros():
-    layer = build(grid=(3, 4))
-    x = tokens(12)
-    keep = torch.rand(2, 12) > 0.3
-    expected = layer(x.masked_fill(~keep.unsqueeze(-1), 0))
-    assert torch.allclose(layer(x, mask=keep)[keep], expected[keep])
+@pytest.mark.parametrize("conditioning", TYPES)
+def test_a_lone_token_on_a_padded_plane_gets_neither_biases_nor_itself_from_the_holes(conditioning):
+    """Of every short convolution it has the tap in the middle, and its kernel is an impulse."""
+    layer = build(grid=(3, 4), conditioning=conditioning)
+    x = tokens(12)[:1]
+    keep = torch.zeros(1, 12, dtype=torch.bool)
+    keep[0, 5] = True
+    u = layer.in_proj(x[0, 5])
+    gate, key, value = (layer.short[:, 1, 1] * u).chunk(3)
+    first, second = (taps[:, 1, 1] * u.chunk(3)[2] for taps in (layer.first, layer.second))
+    h = first * second / 12 if conditioning == "correlation" else first.abs() / 12**0.5 * layer.second.sum((1, 2))
+    y = layer(x, mask=keep)
+    assert torch.allclose(y[0, 5], layer.out_proj(gate * h * key * value), rtol=1e-10, atol=1e-12)
+    assert not y[~keep].any()
+
+
+def test_a_padded_batch_compiles_with_its_loop_left_out():
+    layer, x, keep = build(), tokens(4), torch.arange(4) < torch.tensor([[3], [4]])
+    assert torch.allclose(torch.compile(layer, backend="eager")(x, mask=keep), layer(x, mask=keep))
+
+
+@pytest.mark.parametrize("conditioning", TYPES)
+def test_the_spectrum_at_the_mean_grows_with_the_number_of_tokens(conditioning):
+    layer = build(conditioning=conditioning)
+    means = [layer.spectrum(torch.ones(1, 6, count).double())[..., 0].real for count in (16, 64)]
+    assert torch.allclose(means[1] / means[0], torch.tensor(4.0 if conditioning == "correlation" else 2.0).double())
+
+
+@pytest.mark.parametrize("conditioning", TYPES)
+def test_products_that_half_precision_does_not_hold_are_kept_wide(conditioning):
+    layer = build(conditioning=conditioning).half()
+    with torch.no_grad():
+        for taps, size in ((layer.short[:6], 1e-3), (layer.short[6:], 1e3), (layer.first, 1e-2), (layer.second, 1e-2)):
+            taps.mul_(size)
+    x = tokens().half()
+    y = layer(x).detach()
+    assert torch.allclose(y.float(), layer.float()(x.float()), rtol=0.02, atol=0.02 * float(y.abs().max()))
+    _, key, value = circular_conv(layer.in_proj(x.float()).mT, layer.short).chunk(3, 1)
+    assert (key * value).abs().max() > torch.finfo(torch.float16).max
 
 
 def test_every_output_depends_on_every_token():

@@ -88,6 +88,26 @@ def test_many_chunks_and_segments_in_float32(name):
     assert torch.allclose(layer(q.double(), k.double(), v.double()) / scale, whole.double() / scale, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("name", "params"), [("pavlovian_hebb", {}), ("pavlovian_oja", {"decay": 1e-3})])
+def test_sums_beyond_float16_are_normed_away(name, params, backend):
+    """A read-out passes 65504, and the norm of the shell brings it back."""
+    layer = attlas.mixer(name, 64, 1, causal=True, backend=backend, **params)
+    x = 0.5 * torch.randn(1, 2048, 64) + 4 * torch.randn(1, 1, 64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16):
+        mixed = layer(x)
+    for y in (mixed, layer.half()(x.half())):
+        assert (y - expected).norm() < 3e-2 * expected.norm()  # a test whose products nearly cancel is rounded more
+
+
+def test_a_model_laid_out_on_meta_keeps_its_rate_of_forgetting():
+    with torch.device("meta"):
+        layer = attlas.make_attend("pavlovian_oja", 3, 8, causal=True)
+    q, k, v = random_qkv(5)
+    assert torch.equal(layer(q, k, v), attlas.attend(q, k, v, "pavlovian_oja", causal=True))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_state_is_one_matrix_per_head(name):
     layer = attlas.make_attend(name, 3, 8, causal=True, **fixed(name))

@@ -82,6 +82,25 @@ def test_the_norm_hides_the_size_of_what_is_retained():
     assert torch.allclose(layer(x), first, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_sums_beyond_float16_are_normed_away(backend):
+    layer, x = louder(layer_of(32, backend=backend)), 1 + torch.randn(1, 64, 32, **DOUBLE)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16):
+        mixed = layer.float()(x.float())
+    for y in (mixed, layer.half()(x.half())):
+        assert (y - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_a_model_laid_out_on_meta_keeps_its_rates():
+    with torch.device("meta"):
+        layer = attlas.mixer("retention", 16, 2, causal=True)
+    layer, x = layer.to_empty(device="cpu"), torch.randn(1, 5, 16)
+    filled = attlas.mixer("retention", 16, 2, causal=True)
+    layer.load_state_dict(filled.state_dict())
+    assert torch.equal(layer(x), filled(x))
+
+
 def test_padding_is_skipped():
     layer, x, keep = louder(layer_of()), torch.randn(2, 20, 16, **DOUBLE), torch.rand(20) > 0.4
     y = layer(x, mask=keep.expand(2, -1))

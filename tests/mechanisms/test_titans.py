@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import attlas
 from attlas.core.errors import BadInput
+from attlas.ops import neural_memory as module
 from attlas.ops.linear_scan import linear_scan
 from attlas.ops.neural_memory import MemoryState, ask, neural_memory
 from attlas.ops.persistent_window import window_attention
@@ -179,6 +180,82 @@ def test_streaming_over_many_chunks_in_odd_pieces_and_a_state_that_does_not_grow
     assert len({held[i] for i in (1, 2, 3, 5, 6)}) == 1
 
 
+@pytest.mark.parametrize("name", ["titans", *HYBRIDS])
+def test_no_tokens_leave_the_state_as_it_is(name):
+    for persistent in (0, 3):
+        layer = attlas.mixer(name, 8, 2, causal=True, persistent=persistent, **HYBRIDS.get(name, {"chunk": 3}))
+        x = torch.randn(2, 8, 8)
+        for start in (0, 3, 5):
+            _, state = layer.extend(x[:, :start], layer.initial_state(2))
+            empty, after = layer.extend(x[:, :0], state)
+            assert empty.shape == (2, 0, 8)
+            assert torch.equal(layer.extend(x[:, start:], after)[0], layer.extend(x[:, start:], state)[0])
+
+
+@pytest.mark.parametrize("name", ["titans", *HYBRIDS])
+def test_in_front_of_a_sequence_padding_takes_no_place(name):
+    """With chunks of one token; longer ones are counted in positions."""
+    single = {"segment": 1} if name == "titans_mac" else {"chunk": 1}
+    layer = attlas.mixer(name, 8, 2, causal=True, persistent=3, **single).double()
+    with torch.no_grad():
+        layer.memory.taps.add_(torch.randn_like(layer.memory.taps))
+    x, keep = torch.randn(1, 12, 8, dtype=torch.float64), torch.arange(12).unsqueeze(0) >= 3
+    assert torch.allclose(layer(x, mask=keep)[:, 3:], layer(x[:, 3:]), atol=1e-12)
+    if "window" not in HYBRIDS.get(name, {}):
+        keep = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 1]]).bool()
+        assert torch.allclose(layer(x, mask=keep)[keep], layer(x[keep].unsqueeze(0))[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["titans_mag", "titans_mal"])
+def test_the_window_keeps_none_of_the_tokens_behind_it_alive(name):
+    layer = attlas.mixer(name, 8, 2, causal=True, window=3)
+    with torch.no_grad():
+        _, state = layer.extend(torch.randn(2, 100, 8), layer.initial_state(2))
+    for kept in (*state.window, state.memory.tail):
+        assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
+LAPSES = {
+    "no SiLU behind the convolution": (module.F, "silu", lambda x: x),
+    "another length of q and k": (module, "_unit", lambda x: 0.3 * F.normalize(x, dim=-1)),
+    "no norm": (module, "rms_norm", lambda norm, x: x),
+    "a sigmoid for the gate": (
+        module.NeuralMemory,
+        "_finish",
+        lambda self, o, x: self.out_proj(
+            module.rms_norm(self.norm, o.transpose(1, 2).flatten(2)) * self.gate_proj(x).sigmoid()
+        ),
+    ),
+    "no convolution": (module, "short_convolution", lambda x, taps, tail, keep: (x, tail)),
+    "another initial memory": (
+        module.NeuralMemory,
+        "start",
+        lambda self, batch, like, start=module.NeuralMemory.start: start(self, batch, like)._replace(
+            memory=fresh(*self.shapes[0], self.shapes[-1][1], batch=batch)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("lapse", LAPSES)
+@pytest.mark.parametrize("name", ["titans", *HYBRIDS])
+def test_the_oracle_shares_no_step_with_the_fast_path(name, lapse, monkeypatch):
+    layer = attlas.mixer(name, 8, 2, causal=True, **HYBRIDS.get(name, {"chunk": 5})).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    keep = torch.arange(12) != torch.tensor([[4], [12]])
+    layer.backend = "oracle"
+    expected = layer(x, mask=keep)
+    layer.backend = "auto"
+    assert torch.allclose(layer(x, mask=keep)[keep], expected[keep], atol=1e-10)
+    monkeypatch.setattr(*LAPSES[lapse])
+    assert (layer(x, mask=keep) - expected)[keep].abs().max() > 1e-3
+    layer.backend = "oracle"
+    assert torch.equal(layer(x, mask=keep), expected)
+
+
 def test_persistent_tokens_are_read_before_the_first_one():
     layer = attlas.mixer("titans", 8, 2, causal=True, chunk=3, persistent=4).double()
     bare = attlas.mixer("titans", 8, 2, causal=True, chunk=3, persistent=0).double()
@@ -196,7 +273,7 @@ def test_memory_as_a_context_segment_by_segment():
     tail = x.new_zeros(1, 3, 8)
     rows = []
     for s in x.split(4, 1):
-        h, tail = memory.recall(s, state, tail, backend="oracle")
+        h, tail = memory.recall(s, state, tail)
         ys = []
         for n in range(s.shape[1]):
             seen = torch.cat([layer.persistent, h[:, : n + 1], s[:, : n + 1]], 1)
@@ -233,6 +310,17 @@ def test_a_layer_starts_with_steps_that_do_not_overshoot():
         with torch.no_grad():
             state = layer.extend(torch.randn(1, 1, 8).expand(-1, 256, -1), layer.initial_state(1))[1]
         assert max(w.abs().max() for w in state.memory.weights) < 10
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+def test_no_step_that_can_be_learned_makes_a_matrix_diverge(chunk):
+    """The largest steps, nothing forgotten, and keys that are all alike, the hardest to descend on."""
+    layer = attlas.mixer("titans", 8, 2, causal=True, depth=1, chunk=chunk)
+    with torch.no_grad():
+        layer.memory.rates.weight.zero_()
+        layer.memory.rates.bias.copy_(torch.tensor([3.0, -20.0, -20.0]).repeat_interleave(2))
+        _, state = layer.extend(3 * torch.randn(1, 1, 8) + torch.randn(1, 1024, 8) / 10, layer.initial_state(1))
+    assert max(w.abs().max() for w in state.memory.weights) < 30
 
 
 @pytest.mark.parametrize("name", ["titans", *HYBRIDS])

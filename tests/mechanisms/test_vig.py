@@ -92,6 +92,18 @@ def test_the_gate_chooses_between_surroundings_and_everything(bias, reach):
         assert seen.nonzero()[:, 0].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "oracle"])
+def test_sums_beyond_float16_are_normed_away(backend):
+    layer, x = layer_of(32, backend=backend), 1 + torch.randn(1, 64, 32, **DOUBLE)
+    with torch.no_grad():
+        layer.qkv_proj.weight.mul_(30)
+    expected = layer(x, grid=(8, 8))
+    with torch.autocast("cpu", torch.float16):
+        mixed = layer.float()(x.float(), grid=(8, 8))
+    for y in (mixed, layer.half()(x.half(), grid=(8, 8))):
+        assert (y - expected).norm() < 2e-2 * expected.norm()
+
+
 def test_prefix_tokens_pass_the_convolution_and_nothing_else():
     layer, x = layer_of(local_activation="silu"), torch.randn(2, 1 + 6, 16, **DOUBLE)
     u = layer._local(x, Grid((2, 3), prefix=1))

@@ -167,8 +167,25 @@ def test_advantages_are_standard_scores_of_a_group():
     assert torch.allclose(advantage, torch.tensor([[1.0, -1, -1, 1], [0, 0, 0, 0]]))
 
 
+def test_rewards_may_be_whole_numbers():
+    for rewards in (torch.tensor([1, 0, 1, 0]), torch.tensor([True, False, True, False])):
+        assert torch.allclose(group_advantages(rewards), torch.tensor([1.0, -1, 1, -1]))
+
+
+@pytest.mark.parametrize("sampled", [-torch.inf, -3.0])
+def test_a_token_that_cannot_be_counts_as_none(sampled):
+    now = torch.tensor([[-1.0, -torch.inf, -2.0]], requires_grad=True)
+    old, advantage = torch.tensor([[-1.0, sampled, -2.0]]), torch.ones(1)
+    loss = cispo_loss(now, old, advantage)
+    assert loss == cispo_loss(now[:, ::2], old[:, ::2], advantage)
+    assert torch.equal(*torch.autograd.grad(loss, now), torch.tensor([[-0.5, 0.0, -0.5]]))
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(BadInput, match="at most all 4 experts, got 5"):
         MiniMaxConfig(**TINY | {"active": 5})
     with pytest.raises(BadInput, match="layers and period are at least 1, got 8 and 0"):
         MiniMaxConfig(layers=8, period=0, **TINY)
+    for shapes in (((2, 3), (2, 3), (3,)), ((2, 3), (2, 4), (2,)), ((2, 3), (2, 3), (2, 1))):
+        with pytest.raises(BadInput, match="one for each response"):
+            cispo_loss(*(torch.zeros(shape) for shape in shapes))

@@ -36,6 +36,15 @@ def test_decay_over_many_steps_neither_overflows_nor_vanishes_into_nan():
     assert x[0, 2000] == 1.0
 
 
+def test_factors_up_to_one_serve_any_number_of_steps_and_larger_ones_only_a_few():
+    a, b = torch.ones(4096, 1), torch.ones(4096, 1)
+    a[1::2] = -1.0
+    assert torch.equal(linear_scan(a, b, dim=0), linear_scan(a, b, dim=0, backend="oracle"))
+    a, b = torch.full((512, 1), 2.0), torch.zeros(512, 1)  # 2^128 is beyond float32
+    assert not linear_scan(a[:64], b[:64], dim=0).any()
+    assert not torch.isfinite(linear_scan(a, b, dim=0)).all()
+
+
 @pytest.mark.parametrize("backend", ["torch", "oracle"])
 def test_it_is_differentiable_twice_at_zeros_too(backend):
     a, b, initial = (torch.randn(1, 5, 2), torch.randn(1, 5, 2), torch.randn(1, 2))

@@ -1,11 +1,14 @@
 """Integrals as sums, and functions on grids of other sizes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attlas.core.errors import BadInput
-from attlas.ops.quadrature import normalised, relative_l2, rule_weights
+from attlas.core.grid import Grid
+from attlas.ops.quadrature import Quadrature, normalised, relative_l2, rule_weights
 from attlas.ops.resample import resample
 
 DOUBLE = torch.zeros((), dtype=torch.float64)
@@ -49,14 +52,62 @@ def test_the_relative_error_does_not_see_a_finer_grid():
         relative_l2(got, expected[..., :4])
 
 
+def test_the_relative_error_weighs_points_in_order():
+    got, expected, w = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(4, 5)
+    wanted = (((got - expected).square() * w).sum((1, 2, 3)) / (expected.square() * w).sum((1, 2, 3))).sqrt()
+    assert torch.allclose(relative_l2(got, expected, w), wanted)
+    assert torch.allclose(relative_l2(got, expected, w.flatten()), wanted)
+    for wrong in (w[0], w[:1], torch.rand(5, 4)):
+        with pytest.raises(BadInput, match="one weight for each point"):
+            relative_l2(got, expected, wrong)
+
+
+def test_the_relative_error_is_a_number_where_functions_are_large_equal_or_zero():
+    large = torch.full((1, 1, 8, 8), 400.0).half()
+    assert relative_l2(1.5 * large, large).item() == pytest.approx(0.5)
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    relative_l2(x, x.detach()).sum().backward()
+    assert x.grad is not None
+    assert x.grad.eq(0).all()
+    nothing = torch.zeros(1, 1, 4, 4)
+    assert relative_l2(nothing, nothing).item() == 0
+    assert relative_l2(x, nothing).item() == torch.inf
+
+
+def test_padding_does_not_move_the_borders_of_a_rule():
+    keep = torch.tensor([[False, True, True, True, False, False], [True] * 6, [False, False, True] + 3 * [False]])
+    found = Quadrature("trapezoid")(None, 6, DOUBLE, keep)
+    expected = [[0, 0.25, 0.5, 0.25, 0, 0], [0.1, 0.2, 0.2, 0.2, 0.2, 0.1], [0, 0, 1, 0, 0, 0]]
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert not Quadrature("trapezoid")(None, 6, DOUBLE, keep & False).any()
+    with pytest.raises(BadInput, match="give weights="):
+        Quadrature("trapezoid")(Grid((2, 3)), 6, DOUBLE, keep)
+
+
 def test_fourier_resampling_keeps_means_and_goes_through_the_points():
     for length in (5, 6):
         x = torch.randn(2, 3, length, length).double()
-        up = resample(x, (3 * length, 2 * length), "fourier")
-        assert torch.allclose(up[:, :, ::3, ::2], x, rtol=0, atol=1e-12)
+        up = resample(x, (3 * length, 5 * length), "fourier")
+        assert torch.allclose(up[:, :, 1::3, 2::5], x, rtol=0, atol=1e-12)
         assert torch.allclose(up.mean((2, 3)), x.mean((2, 3)), rtol=0, atol=1e-12)
     odd = torch.randn(1, 1, 5, 7).double()
     assert torch.allclose(resample(resample(odd, (11, 9), "fourier"), (5, 7), "fourier"), odd, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("points", "size"), [(32, 64), (32, 48), (31, 64), (64, 32), (6, 9), (7, 4), (9, 6)])
+def test_fourier_resampling_leaves_waves_where_they_are(points, size):
+    def wave(length):
+        x = 2 * math.pi * (torch.arange(length).double() + 0.5) / length
+        return (torch.sin(x + 0.4)[:, None] * torch.cos(x - 0.7))[None, None]
+
+    assert torch.allclose(resample(wave(points), (size, size), "fourier"), wave(size), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("points", "size"), [(6, 11), (6, 8), (5, 8), (8, 6)])
+def test_fourier_resampling_keeps_a_symmetric_function_symmetric(points, size):
+    x = torch.randn(1, 1, points, points).double()
+    y = resample(x + x.flip(3), (size, size), "fourier")
+    assert torch.allclose(y, y.flip(3), rtol=0, atol=1e-14)
 
 
 def test_bilinear_resampling_is_that_of_torch_and_the_same_size_is_x_itself():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attlas.core.errors import BadInput
-from attlas.ops.recurrent import alone, head_size, short_convolution
+from attlas.ops.recurrent import alone, head_size, keys_ahead, normed_heads, short_convolution
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -16,6 +16,19 @@ def test_heads_share_a_multiple_of_the_channels():
     for share in (0.3, 0.0, -1.0, 1 / 48):
         with pytest.raises(BadInput, match="expand_k times dim splits into heads"):
             head_size("expand_k", share, 48, 3)
+
+
+def test_queries_are_the_last_positions():
+    assert [keys_ahead(queries, 5) for queries in (5, 2, 1)] == [0, 3, 4]
+    with pytest.raises(BadInput, match="queries are the last of the keys' positions, got 6 queries and 5 keys"):
+        keys_ahead(6, 5)
+
+
+def test_heads_are_normed_beyond_the_range_of_float16():
+    o = 1e6 * torch.randn(2, 3, 4, 8)
+    y = normed_heads(o, torch.empty(0, dtype=torch.float16), 1e-5, torch.full((8,), 2.0, dtype=torch.float16))
+    assert y.dtype == torch.float16
+    assert torch.allclose(y.float(), (2 * o / o.square().mean(-1, keepdim=True).sqrt()).flatten(2), rtol=1e-3)
 
 
 @pytest.mark.parametrize("lags", [1, 4])

@@ -1,9 +1,11 @@
-"""How tensors are handed to the kernels."""
+"""How tensors are handed to the kernels, and what kernels cannot."""
 
 import ctypes
 from typing import Any
 
 from torch import Tensor
+
+from attlas.core.errors import BackendUnavailable
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -20,3 +22,8 @@ def places(*arrays: Tensor | None) -> Any:
     for x in arrays:
         numbers += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
     return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def once_only(ctx: Any, *grads: Tensor) -> None:
+    """The derivative of a kernel's derivative, which no kernel has."""
+    raise BackendUnavailable("a C++ kernel is differentiated once; for second derivatives pass backend='torch'")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import dense_rows, places
+from attlas.kernels.cpu.arrays import dense_rows, once_only, places
 
 
 def softmax_attention(
@@ -232,6 +232,7 @@ def _differentiate(ctx: Any, grad_o: Tensor, _: Any) -> tuple[Tensor | None, ...
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(once_only)
 
 
 def _pair_flops(q: Any, k: Any, keep: Any, causal: bool) -> int:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import dense_rows, places
+from attlas.kernels.cpu.arrays import dense_rows, once_only, places
 
 
 def decayed_linear_attention(
@@ -188,6 +188,7 @@ def _differentiate(ctx: Any, grad_o: Tensor, grad_final: Tensor) -> tuple[Tensor
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(once_only)
 
 
 # FLOP = 2 MAC. A token multiplies its key into the state and its query with it.

@@ -7,6 +7,9 @@
 // per token and number of the state, and no limit to how much a gate forgets. The form with products of chunks needs
 // two, but also scores and, for gates by channel, their exponentials pair by pair.
 //
+// Gates near 1 are what long memories are made of, and rounded there they would be off by as much at every token. So
+// not a but e = a - 1 is kept, and a S is S + e S.
+//
 // Everything gated is one routine, the pass, over token streams x, y (rows of the state) and z (columns), with gates by
 // row or by column:
 //
@@ -116,14 +119,14 @@ void pack(const Tokens& tokens, int64_t t, int n, int64_t first_column, int64_t 
     else pack_as<float>(tokens, t, n, first_column, width, rows, stride, as_it_is);
 }
 
-// exp of the gates; one per token becomes one for every channel.
+// e = exp(g) - 1 of the gates; one per token becomes one for every channel.
 void pack_gates(const Tokens& gates, bool one, int64_t t, int n, int64_t first_column, int64_t width, float* rows,
                 int64_t stride) {
-    const auto decay = [](vec g) { return exp2(g * LOG2_E); };
-    if (!one) return pack_as<float>(gates, t, n, first_column, width, rows, stride, decay);
+    const auto change = [](vec g) { return exp2_less_1(g * LOG2_E); };
+    if (!one) return pack_as<float>(gates, t, n, first_column, width, rows, stride, change);
     for (int i = 0; i < n; ++i) {
-        const vec a = decay(spread(*gates.row<float>(t + i)));
-        for (int64_t c = 0; c < width; c += LANES) store(rows + i * stride + c, a);
+        const vec e = change(spread(*gates.row<float>(t + i)));
+        for (int64_t c = 0; c < width; c += LANES) store(rows + i * stride + c, e);
     }
 }
 
@@ -229,10 +232,11 @@ ATTLAS_INLINE void run_tile(const Workspace& w, int64_t r0, int64_t c0, int n) {
         }
         for (int r = 0; r < ROWS; ++r)
             for (int j = 0; j < NV; ++j) {
-                const vec a = SIDE == BY_ROW ? spread(w.gates[i * w.rows + r0 + r]) : gate[j];
-                s[r][j] = (BEHIND ? s[r][j] : a * s[r][j]) + y[r] * z[j];
+                const vec e = SIDE == BY_ROW ? spread(w.gates[i * w.rows + r0 + r]) : gate[j];
+                if (!BEHIND) s[r][j] += e * s[r][j];
+                s[r][j] += y[r] * z[j];
                 sum[j] += x[r] * s[r][j];
-                if (BEHIND) s[r][j] *= a;
+                if (BEHIND) s[r][j] += e * s[r][j];
             }
         for (int j = 0; j < NV; ++j) store(out + j * LANES, sum[j]);
     }
@@ -380,14 +384,14 @@ ATTLAS_INLINE void sum_over_rows(int64_t rows, vec (&sums)[NV], F value) {
     for (int j = 0; j < NV; ++j) sums[j] = (parts[0][j] + parts[1][j]) + (parts[2][j] + parts[3][j]);
 }
 
-// x holds q, y holds k, each with a row of zeros behind the last token; gates holds (a, beta) of each token.
+// x holds q, y holds k, each with a row of zeros behind the last token; gates holds (e, beta) of each token.
 template <Want WANT, int NV>
 ATTLAS_INLINE void run_delta_tile(const Workspace& w, int64_t rows, int64_t c0, int n) {
     float* const state = w.state + c0;
     const auto row = [&](int64_t d, int j) { return state + d * w.columns + j * LANES; };
     vec found[NV];
     if (WANT != Want::GRADIENT) sum_over_rows(rows, found, [&](int64_t d, int, int j) { return w.y[d] * load(row(d, j)); });
-    float a = 1;
+    float e = 0;
     vec stored[NV] = {};
     const float* k = w.y + n * w.rows;
     for (int i = 0; i < n; ++i) {
@@ -398,24 +402,26 @@ ATTLAS_INLINE void run_delta_tile(const Workspace& w, int64_t rows, int64_t c0, 
         if (WANT == Want::GRADIENT) {
             const float* const now = w.y + i * w.rows;
             sum_over_rows(rows, sums, [&](int64_t d, int, int j) {
-                const vec s = a * load(row(d, j)) - k[d] * stored[j] + q[d] * v[j];
+                const vec before = load(row(d, j));
+                const vec s = before + e * before - k[d] * stored[j] + q[d] * v[j];
                 store(row(d, j), s);
                 return now[d] * s;
             });
-            a = w.gates[2 * i];
+            e = w.gates[2 * i];
             k = now;
-            for (int j = 0; j < NV; ++j) stored[j] = a * beta * sums[j];
+            for (int j = 0; j < NV; ++j) stored[j] = (1 + e) * beta * sums[j];
         } else {
-            a = w.gates[2 * i];
+            e = w.gates[2 * i];
             k = w.y + i * w.rows;
             for (int j = 0; j < NV; ++j) {
-                found[j] *= a;
+                found[j] += e * found[j];
                 stored[j] = beta * (v[j] - found[j]);
                 if (WANT == Want::RECALL) sums[j] = found[j];
             }
             vec output[UNROLL][NV] = {};
             sum_over_rows(rows, found, [&](int64_t d, int part, int j) {
-                const vec s = a * load(row(d, j)) + k[d] * stored[j];
+                const vec before = load(row(d, j));
+                const vec s = before + e * before + k[d] * stored[j];
                 store(row(d, j), s);
                 if (WANT == Want::OUTPUT) output[part][j] += q[d] * s;
                 return next[d] * s;
@@ -428,7 +434,10 @@ ATTLAS_INLINE void run_delta_tile(const Workspace& w, int64_t rows, int64_t c0, 
     }
     if (WANT == Want::GRADIENT)
         for (int64_t d = 0; d < rows; ++d)
-            for (int j = 0; j < NV; ++j) store(row(d, j), a * load(row(d, j)) - k[d] * stored[j]);
+            for (int j = 0; j < NV; ++j) {
+                const vec before = load(row(d, j));
+                store(row(d, j), before + e * before - k[d] * stored[j]);
+            }
 }
 
 template <Want WANT>
@@ -443,7 +452,7 @@ void run_delta(const Problem& p, const Delta& delta, int64_t first, int64_t colu
         std::fill_n(w.y + n * w.rows, w.rows, 0.0f);
         pack(delta.v, t, n, first, columns, w.z, w.columns);
         for (int i = 0; i < n; ++i) {
-            w.gates[2 * i] = exp2(spread(*delta.gates.row<float>(t + i) * LOG2_E))[0];
+            w.gates[2 * i] = exp2_less_1(spread(*delta.gates.row<float>(t + i) * LOG2_E))[0];
             w.gates[2 * i + 1] = *delta.beta.row<float>(t + i);
         }
         for_column_tiles(columns, [&](int64_t c, auto vectors) {

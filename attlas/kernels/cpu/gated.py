@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import dense_rows, places
+from attlas.kernels.cpu.arrays import dense_rows, once_only, places
 
 
 def gated_linear_attention(
@@ -91,10 +91,13 @@ def _call(kind: str, gates: int, q: Tensor, k: Tensor, v: Tensor, *others: Tenso
         raise MemoryError("the gated kernel found no memory for its workspace")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Tensor | None, beta: Tensor | None = None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Tensor | None, beta: Tensor | None = None) -> None:
+    """Raise `BadInput` unless the shapes fit together; gates are (B, H, N) where there is a beta."""
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise BadInput(f"q and k are (B, H, N, D) and v is (B, H, N, E), got {shapes}")
+    if not q.shape[3] or not v.shape[3]:
+        raise BadInput(f"a head has at least one feature, got {q.shape[3]} of keys and {v.shape[3]} of values")
     batch, heads, tokens, size = q.shape
     allowed = [(batch, heads, tokens)] if beta is not None else [(batch, heads, tokens, n) for n in (size, 1)]
     for name, x, shapes_of_it in (
@@ -130,7 +133,7 @@ def _gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> 
 
 @_gated.register_fake
 def _gated_fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, g, state)
+    check(q, k, v, g, state)
     return _rows(v), _state_of(k, v)
 
 
@@ -178,6 +181,7 @@ def _differentiate_gated(ctx: Any, grad_o: Tensor, grad_final: Tensor) -> tuple[
 
 
 _gated.register_autograd(_differentiate_gated, setup_context=_save_gated)
+_gated_backward.register_autograd(once_only)
 
 
 @torch.library.custom_op("attlas::bidirectional_gated_attention", mutates_args=(), device_types="cpu")
@@ -189,7 +193,7 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, g: Tensor, g_back: Tensor) -> Te
 
 @_both_ways.register_fake
 def _both_ways_fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, g_back: Tensor) -> Tensor:
-    _check(q, k, v, g, None)
+    check(q, k, v, g, None)
     if g_back.shape != g.shape:
         raise BadInput(f"both directions have gates of the same shape, got {tuple(g.shape)} and {tuple(g_back.shape)}")
     return _rows(v, torch.float32)
@@ -222,7 +226,7 @@ def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tens
 def _delta_fake(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, g, state, beta)
+    check(q, k, v, g, state, beta)
     return _rows(v), _state_of(k, v)
 
 
@@ -271,9 +275,12 @@ def _differentiate_delta(ctx: Any, grad_o: Tensor, grad_final: Tensor) -> tuple[
 
 
 _delta.register_autograd(_differentiate_delta, setup_context=_save_delta)
+_delta_backward.register_autograd(once_only)
 
 
-# FLOP = 2 MAC. A token multiplies its key into the state and its query with it; what is recalled is one more product.
+# FLOP = 2 MAC. Forward, a token multiplies its key into the state and its query with it; what is recalled is one
+# product more. Backward there is the state once more, its gradient, and dq, dk and dv from the two; under the delta
+# rule the state takes two products, its gradient three with dw, and dk comes from both.
 def _flop(products: int) -> Any:
     def count(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         batch, heads, tokens, size = q
@@ -287,6 +294,6 @@ for _operator, _products in (
     (torch.ops.attlas.gated_linear_attention_backward, 5),
     (torch.ops.attlas.bidirectional_gated_attention, 4),
     (torch.ops.attlas.gated_delta_rule, 3),
-    (torch.ops.attlas.gated_delta_rule_backward, 10),
+    (torch.ops.attlas.gated_delta_rule_backward, 8),
 ):
     register_flop_formula(_operator)(_flop(_products))

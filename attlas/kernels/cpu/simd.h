@@ -134,8 +134,13 @@ ATTLAS_INLINE float largest_lane(vec x) {
 #endif
 }
 
-// 2^x to 3e-7; 0 below the normal numbers. x is at most 127, or NaN, which stays NaN.
-ATTLAS_INLINE vec exp2(vec x) {
+// 2^x in two factors, 2^n and 1 + p with -1/4 < p < 1/2; x is at most 127 and at least -126, or NaN.
+struct Power {
+    vec_u32 n;
+    vec p;
+};
+
+ATTLAS_INLINE Power power(vec x) {
     const vec magic = spread(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the lowest bits
     const vec whole = x + magic;
     const vec f = x - (whole - magic);
@@ -144,9 +149,22 @@ ATTLAS_INLINE vec exp2(vec x) {
     y = y * f + 5.5504109e-2f;
     y = y * f + 2.4022651e-1f;
     y = y * f + 6.9314718e-1f;
-    y = y * f + 1.0f;
-    y = (vec)((vec_u32)y + ((vec_u32)whole << 23));
+    return {(vec_u32)whole << 23, y * f};
+}
+
+// 2^x to 3e-7; 0 below the normal numbers. x is at most 127, or NaN, which stays NaN.
+ATTLAS_INLINE vec exp2(vec x) {
+    const Power power_of = power(x);
+    const vec y = (vec)((vec_u32)(power_of.p + 1.0f) + power_of.n);
     return x < -126.0f ? vec{} : y;
+}
+
+// 2^x - 1 to 3e-7 of itself, however near x is to 0; -1 where 2^x is below the normal numbers. x as for exp2.
+ATTLAS_INLINE vec exp2_less_1(vec x) {
+    const Power power_of = power(x);
+    const vec scale = (vec)(power_of.n + 0x3f800000);
+    const vec y = scale * power_of.p + (scale - 1.0f);
+    return x < -126.0f ? spread(-1.0f) : y;
 }
 
 // As load, but only the first n elements exist; the other lanes are 0.

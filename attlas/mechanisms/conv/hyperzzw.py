@@ -233,7 +233,8 @@ class GatedUnit(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.y(F.gelu(standardised(self.k(x_BNC) * self.q(self.v(x_BNC)))) + self.bias[:, None])
+        product = standardised(wide(self.k(x_BNC)) * wide(self.q(self.v(x_BNC)))).to(x_BNC.dtype)
+        return self.y(F.gelu(product) + self.bias[:, None])
 
 
 def _linear(hidden: int) -> nn.Linear:
@@ -273,7 +274,9 @@ class HyperZZW(Mixer):
     ) -> None:
         super().__init__(site, backend)
         grid, dim = site.grid, site.dim
-        if grid is None or grid.rank != 2 or grid.shape[0] != grid.shape[1] or grid.shape[0] < 2 or grid.prefix:
+        if grid is not None and grid.rank != 2:
+            raise self._unsupported(f"a {grid}", grid=grid.rank)
+        if grid is None or grid.shape[0] != grid.shape[1] or grid.shape[0] < 2 or grid.prefix:
             raise BadInput(
                 f"hyperzzw multiplies maps as matrices: build it with grid=(side, side), side at least 2, got {grid}"
             )

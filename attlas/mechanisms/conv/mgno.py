@@ -127,7 +127,7 @@ class VCycle(nn.Module):
         bias: of A and S.
         shape: the grid that it is built for; None for sizes that are even down to the last level.
         normed: a layer norm of all of u, over channels and grid, behind each prolongation, as published for
-            Navier-Stokes. Its weights fit `shape` alone.
+            Navier-Stokes. Its weights fit `shape` alone, and its statistics take no `keep`.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class VCycle(nn.Module):
         if normed and shape is None:
             raise BadInput("layer norms have a weight for every point of the grid: pass shape=(height, width)")
         self.mode = BOUNDARIES[boundary]
-        self.residual = residual
+        self.residual, self.normed = residual, normed
 
         def conv(inputs: int, outputs: int, stride: int, biased: bool) -> nn.Conv2d:
             return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=biased, padding_mode=self.mode)
@@ -198,6 +198,8 @@ class VCycle(nn.Module):
         return u
 
     def _keeps(self, f_BSHW: Tensor, keep_B1HW: Tensor | None) -> list[Tensor | None]:
+        if self.normed and keep_B1HW is not None:
+            raise BadInput("layer norms over the whole grid have no meaning with holes: pass no keep, or normed=False")
         shape, keeps = (f_BSHW.shape[2], f_BSHW.shape[3]), [keep_B1HW]
         for number in range(len(self.levels)):
             if self.mode == "reflect" and min(shape) < 2:
@@ -217,6 +219,7 @@ class VCycle(nn.Module):
 
     def oracle(self, f_BSHW: Tensor, keep_B1HW: Tensor | None = None) -> Tensor:
         """The same as sums over taps and positions, level below level."""
+        self._keeps(f_BSHW, keep_B1HW)  # refuses what forward refuses
         keep = f_BSHW.new_ones(f_BSHW.shape[0], 1, *f_BSHW.shape[2:]) if keep_B1HW is None else keep_B1HW.to(f_BSHW)
         return self._below(0, torch.where(keep > 0, f_BSHW, 0), None, keep)
 

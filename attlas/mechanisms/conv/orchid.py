@@ -6,8 +6,9 @@
 
 x (B, N, C). ⊛ is the circular convolution of each channel, ∘ the product of entries, every c a depthwise convolution
 of `size` taps of its own, c_ω one along the frequencies. On a grid of two axes all of them run along both. FFT is
-orthonormal where h is made, so that its entries do not grow with N. σ acts on magnitudes and keeps the phase; the
-authors found none, "identity", best.
+orthonormal where h is made, so that the entries of FFT h do not grow with N, but for that of the mean m of c(u), which
+is m √N in type I and m m′ N in type II: on long sequences of such channels float16 may not hold y of type II. σ acts
+on magnitudes and keeps the phase; the authors found none, "identity", best.
 
 A shift of x shifts y: no transform of c(u) but its magnitude or its correlation with another is used, and these do not
 see a shift of both. That is why every convolution here is circular, and why |.| stands before c_ω. h is real, so that
@@ -18,7 +19,8 @@ after n, and the circular convolution carries the end of the sequence to its beg
 zeros behind the sequence would mend the first.
 
 A circle has as many places as there are tokens. A padded batch is therefore mixed one sequence at a time, each on the
-circle of its real tokens; on a plane a padded position holds zeros.
+circle of its real tokens, a loop that `torch.compile(fullgraph=True)` does not take. On a plane u and all short
+convolutions are 0 at padded positions.
 
 Time O(N C (log N + C)), memory O(N C). The FLOPs counted are those of projections and short convolutions; transforms
 are not among them.
@@ -70,6 +72,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "softshrink": F.softshrink,
 }
+
+
+def _blank(x_BCS: Tensor, real_B1S: Tensor | None) -> Tensor:
+    return x_BCS if real_B1S is None else x_BCS.where(real_B1S, 0)
 
 
 def circular_conv(x_BCS: Tensor, taps_CK: Tensor) -> Tensor:
@@ -125,17 +131,17 @@ class Orchid(Mixer):
             return error
         return Unsupported(f"{error}. Every entry of orchid's kernel is a sum over all tokens, later ones among them")
 
-    def spectrum(self, u_BCS: Tensor) -> Tensor:
+    def spectrum(self, u_BCS: Tensor, real_B1S: Tensor | None = None) -> Tensor:
         """FFT h(u) in the layout of `torch.fft.rfftn` along the axes of the grid, (B, C, S..., S // 2 + 1)."""
         axes = self._axes(u_BCS)
-        first_BCS = wide(circular_conv(u_BCS, self.first))
+        first_BCS = wide(_blank(circular_conv(u_BCS, self.first), real_B1S))
         if self.conditioning == "correlation":
-            second_BCS = wide(circular_conv(u_BCS, self.second))
+            second_BCS = wide(_blank(circular_conv(u_BCS, self.second), real_B1S))
             k, q = (torch.fft.rfftn(t, dim=axes, norm="ortho") for t in (first_BCS, second_BCS))
             return self._activated(k.conj() * q)
-        even = (self.second + _reflected(self.second)) / 2
+        even = wide(self.second + _reflected(self.second)) / 2
         magnitude = _magnitude(torch.fft.fftn(first_BCS, dim=axes, norm="ortho"))
-        h = circular_conv(magnitude.to(u_BCS.dtype), even)[..., : u_BCS.shape[-1] // 2 + 1]
+        h = circular_conv(magnitude, even)[..., : u_BCS.shape[-1] // 2 + 1]
         return self._activated(torch.complex(wide(h), torch.zeros_like(wide(h))))
 
     def _activated(self, h: Tensor) -> Tensor:
@@ -147,45 +153,46 @@ class Orchid(Mixer):
     def _axes(self, x_BCS: Tensor) -> tuple[int, ...]:
         return tuple(range(2, x_BCS.ndim))
 
-    def convolve(self, u_BCS: Tensor, z_BCS: Tensor) -> Tensor:
-        """h(u) ⊛ z along the axes of the grid."""
+    def convolve(self, u_BCS: Tensor, z_BCS: Tensor, real_B1S: Tensor | None = None) -> Tensor:
+        """h(u) ⊛ z along the axes of the grid, in float32 at least."""
         axes, shape = self._axes(z_BCS), z_BCS.shape[2:]
-        product = self.spectrum(u_BCS) * torch.fft.rfftn(wide(z_BCS), dim=axes)
-        return torch.fft.irfftn(product, s=shape, dim=axes).to(z_BCS.dtype)
+        product = self.spectrum(u_BCS, real_B1S) * torch.fft.rfftn(wide(z_BCS), dim=axes)
+        return torch.fft.irfftn(product, s=shape, dim=axes)
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Whole batches, or the real tokens of one sequence after another."""
         return self._each(x_BNC, call, self._mix)
 
-    def _each(self, x_BNC: Tensor, call: Call, mix: Callable[[Tensor, Grid], Tensor]) -> Tensor:
+    def _each(self, x_BNC: Tensor, call: Call, mix: Callable[[Tensor, Grid, Tensor | None], Tensor]) -> Tensor:
         grid, keep = call.grid, call.mask.keys
         if grid.rank != self.axes:
             cure = "(height, width)" if grid.rank == 2 else "(length,)"
             raise BadInput(f"this orchid was built for {self.axes} axes, got a {grid}; build it with grid={cure}")
         if keep is None:
-            return mix(x_BNC, grid)
+            return mix(x_BNC, grid, None)
         if grid.rank == 2:
             real = keep.unsqueeze(-1)
-            return mix(x_BNC.where(real, 0), grid).where(real, 0)
+            return mix(x_BNC.where(real, 0), grid, real).where(real, 0)
         y = torch.zeros_like(x_BNC)
         for b in range(x_BNC.shape[0]):
             (places,) = keep[b].nonzero(as_tuple=True)
             if len(places):
-                mixed = mix(x_BNC[b : b + 1, places], Grid((len(places),)))
+                mixed = mix(x_BNC[b : b + 1, places], Grid((len(places),)), None)
                 y = y.index_put((torch.full_like(places, b), places), mixed[0].to(y.dtype))
         return y
 
-    def _mix(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        u_BCS = grid.unflatten(self.in_proj(x_BNC).transpose(1, 2), -1)
-        gate, key, value = circular_conv(u_BCS, self.short).chunk(3, 1)
-        y_BCS = gate * self.convolve(u_BCS.chunk(3, 1)[2], key * value)
-        return self.out_proj(y_BCS.flatten(2).transpose(1, 2))
+    def _mix(self, x_BNC: Tensor, grid: Grid, real_BN1: Tensor | None) -> Tensor:
+        real_B1S = None if real_BN1 is None else grid.unflatten(real_BN1.transpose(1, 2), -1)
+        u_BCS = _blank(grid.unflatten(self.in_proj(x_BNC).transpose(1, 2), -1), real_B1S)
+        gate, key, value = wide(_blank(circular_conv(u_BCS, self.short), real_B1S)).chunk(3, 1)
+        y_BCS = gate * self.convolve(u_BCS.chunk(3, 1)[2], key * value, real_B1S)
+        return self.out_proj(y_BCS.flatten(2).transpose(1, 2).to(x_BNC.dtype))
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Circles as matrices of differences of places, transforms as sums over places."""
         return self._each(x_BNC, call, self._mix_literally)
 
-    def _mix_literally(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+    def _mix_literally(self, x_BNC: Tensor, grid: Grid, real_BN1: Tensor | None) -> Tensor:
         places = grid.places()
         shape = torch.tensor(grid.shape)
         strides = torch.tensor([math.prod(grid.shape[a + 1 :]) for a in range(grid.rank)])
@@ -204,11 +211,12 @@ class Orchid(Mixer):
         def transform(u_BNC: Tensor) -> Tensor:
             return torch.einsum("kn,bnc->bkc", wave_NM, u_BNC.to(wave_NM.dtype)) / math.sqrt(len(places))
 
-        u_BNC = x_BNC @ self.in_proj.weight.T + self.in_proj.bias
-        gate, key, value = short(u_BNC, self.short).chunk(3, 2)
-        first = transform(short(u_BNC.chunk(3, 2)[2], self.first))
+        there = x_BNC.new_ones(1) if real_BN1 is None else real_BN1.to(x_BNC)
+        u_BNC = there * (x_BNC @ self.in_proj.weight.T + self.in_proj.bias)
+        gate, key, value = (there * short(u_BNC, self.short)).chunk(3, 2)
+        first = transform(there * short(u_BNC.chunk(3, 2)[2], self.first))
         if self.conditioning == "correlation":
-            spectrum = first.conj() * transform(short(u_BNC.chunk(3, 2)[2], self.second))
+            spectrum = first.conj() * transform(there * short(u_BNC.chunk(3, 2)[2], self.second))
         else:
             spectrum = short(first.abs(), (self.second + _reflected(self.second)) / 2)
             spectrum = spectrum.to(wave_NM.dtype)

@@ -38,7 +38,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, EVERY_MASK, Example, Pattern, Spec
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import softmax_attention
 
 PROJECTIONS = 4 * (16 * 16 + 16)
@@ -85,7 +85,7 @@ SPEC = Spec(
 
 def _softmax(router: nn.Linear, x: Tensor) -> Tensor:
     """The softmax of a router's scores, in float32 or better, whatever the precision around it."""
-    with torch.autocast(x.device.type, enabled=False):
+    with as_written(x):
         return F.linear(wide(x), wide(router.weight)).softmax(-1)
 
 

@@ -29,7 +29,7 @@ from attlas.core.grid import Grid
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import softmax_attention
 
 SPEC = Spec(
@@ -143,7 +143,7 @@ class AgentSD(Attend):
         sizes = self._sizes(grid)
         destination_D, source_S = self._places(grid, x_BNC.device)
         # A rounded cosine could choose another destination.
-        with torch.no_grad(), torch.autocast(x_BNC.device.type, enabled=False):
+        with torch.no_grad(), as_written(x_BNC):
             x = F.normalize(wide(x_BNC), dim=-1)
             likeness_BS, nearest_BS = (x[:, source_S] @ x[:, destination_D].mT).max(-1)
             rank_BS = likeness_BS.argsort(dim=-1, descending=True, stable=True).argsort(-1)

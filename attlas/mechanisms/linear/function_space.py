@@ -61,7 +61,7 @@ class FunctionSpace(Attend):
         site: where it is installed.
         backend: of `softmax_attention`.
         rule: how the grid of the keys lies on the domain: "midpoint", in the middle of equal cells, or "trapezoid",
-            from border to border.
+            from border to border: of the real points, so that padding is refused there on more than one axis.
         weights: one for each key, positive, instead of a rule; only their ratios matter.
         scale: of the scores; D ** -0.5 by default.
     """
@@ -80,15 +80,17 @@ class FunctionSpace(Attend):
         self.scale = scale
 
     def _weights(self, k_BHMD: Tensor, call: Call) -> Tensor:
-        return self.quadrature(None if call.cross else call.grid, k_BHMD.shape[2], k_BHMD)
+        """(B or 1, M), 0 for padding."""
+        return self.quadrature(None if call.cross else call.grid, k_BHMD.shape[2], k_BHMD, call.mask.keys)
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """The logarithms of the weights as a bias."""
         mask = call.mask
         if not self.quadrature.uniform:
-            w_M = self._weights(k_BHMD, call)
+            w_BM = self._weights(k_BHMD, call)
             # Around 0 a bias in half precision rounds least; a common factor of the weights cancels.
-            mask = mask & Mask.biased((w_M / w_M.mean()).log().view(1, 1, 1, -1))
+            w_BM = w_BM / w_BM.mean(1, keepdim=True)
+            mask = mask & Mask.biased(w_BM.where(w_BM > 0, 1).log()[:, None, None])
         return softmax_attention(q_BHND, k_BHMD, v_BHME, mask, scale=self.scale, backend=self.backend)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
@@ -99,7 +101,8 @@ class FunctionSpace(Attend):
         seen, bias = dense_mask(call.mask, (batch, heads, queries, keys), q_BHND)
         scores = torch.where(seen, scores + bias, -torch.inf)
         top = scores.amax(-1, keepdim=True)
-        power = torch.where(seen, (scores - top.where(top > -torch.inf, 0)).exp(), 0) * self._weights(k_BHMD, call)
+        power = torch.where(seen, (scores - top.where(top > -torch.inf, 0)).exp(), 0)
+        power = power * self._weights(k_BHMD, call)[:, None, None]
         total = power.sum(-1, keepdim=True)
         return weighted_values(power, v_BHME, call.mask) / total.where(total > 0, 1)
 

@@ -65,7 +65,7 @@ class Galerkin(Attend):
         site: where it is installed.
         backend: of `feature_product`.
         rule: how the grid of the keys lies on the domain: "midpoint", in the middle of equal cells, or "trapezoid",
-            from border to border.
+            from border to border: of the real points, so that padding is refused there on more than one axis.
         weights: one for each key, positive, instead of a rule.
         over: "points" normalises each feature over the domain, "features" each point over the features of its head.
         eps: added to the variances.
@@ -92,14 +92,8 @@ class Galerkin(Attend):
 
     def _weights(self, k_BHMD: Tensor, call: Call) -> Tensor:
         """(B, M), 0 for padding."""
-        w_BM = self.quadrature(None if call.cross else call.grid, k_BHMD.shape[2], k_BHMD).expand(len(k_BHMD), -1)
-        if call.mask.keys is None:
-            return w_BM
-        w_BM = w_BM.where(call.mask.keys, 0)
-        if self.quadrature.weights is not None:
-            return w_BM
-        total = w_BM.sum(1, keepdim=True)
-        return w_BM / total.where(total > 0, 1)
+        w_BM = self.quadrature(None if call.cross else call.grid, k_BHMD.shape[2], k_BHMD, call.mask.keys)
+        return w_BM.expand(len(k_BHMD), -1)
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Multiply keys with values first."""

@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.gated import flops, gated_linear_attention
-from attlas.ops.precision import wide
-from attlas.ops.recurrent import alone, head_size
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import LogGates, alone, head_size, normed_heads, projection_flops, roomy
+
+EPS = 1e-5
 
 SPEC = Spec(
     name="gla",
@@ -86,16 +87,11 @@ class GLA(Mixer):
         super().__init__(site, backend)
         self.key_size = head_size("expand_k", expand_k, site.dim, site.heads)
         self.value_size = head_size("expand_v", expand_v, site.dim, site.heads)
-        if rank < 1:
-            raise BadInput(f"rank counts the channels that the gates pass through, at least 1, got {rank}")
-        if divisor <= 0:
-            raise BadInput(f"divisor is positive: what it divides is the logarithm of a gate below 1; got {divisor}")
-        self.divisor = divisor
         keys, values = site.heads * self.key_size, site.heads * self.value_size
         self.q_proj, self.k_proj = (nn.Linear(site.dim, keys, bias=False) for _ in range(2))
         self.v_proj, self.gate_proj = (nn.Linear(site.dim, values, bias=False) for _ in range(2))
-        self.decay_proj = nn.Sequential(nn.Linear(site.dim, rank, bias=False), nn.Linear(rank, keys))
-        self.norm = nn.RMSNorm(self.value_size, eps=1e-5)
+        self.decay_proj = LogGates(site.dim, rank, keys, divisor)
+        self.norm = nn.RMSNorm(self.value_size, eps=EPS)
         self.out_proj = nn.Linear(values, site.dim, bias=False)
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
@@ -105,17 +101,14 @@ class GLA(Mixer):
     def _mix(self, x_BNC: Tensor, keep: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if keep is not None:
             x_BNC = x_BNC.masked_fill(~keep.unsqueeze(-1), 0)
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.log_decay)
-        q, k, v, g = (layer(x_BNC).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for layer in layers)
-        o, sums = gated_linear_attention(q * self.key_size**-0.5, k, v, g, state, keep, backend=self.backend)
+        layers = (self.q_proj, self.k_proj, self.v_proj, self.decay_proj)
+        q, k, v, g = (roomy(layer(x_BNC)).unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for layer in layers)
+        with as_written(x_BNC):
+            o, sums = gated_linear_attention(q * self.key_size**-0.5, k, v, g, state, keep, backend=self.backend)
         return self._finish(o.transpose(1, 2), x_BNC), sums
 
-    def log_decay(self, x_BNC: Tensor) -> Tensor:
-        """log α of each key channel of all heads (B, N, H D), in float32 or better."""
-        return F.logsigmoid(wide(self.decay_proj(x_BNC))) / self.divisor
-
     def _finish(self, o_BNHE: Tensor, x_BNC: Tensor) -> Tensor:
-        return self.out_proj(F.silu(self.gate_proj(x_BNC)) * self.norm(o_BNHE).flatten(2))
+        return self.out_proj(F.silu(self.gate_proj(x_BNC)) * normed_heads(o_BNHE, x_BNC, EPS, self.norm.weight))
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Every pair's weight, from the product of the gates between the two tokens."""
@@ -124,7 +117,7 @@ class GLA(Mixer):
     def _pairs(self, x_BNC: Tensor) -> Tensor:
         split, tokens = (self.site.heads, -1), x_BNC.shape[1]
         q, k, v = (wide(layer(x_BNC)).unflatten(-1, split) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        alpha_BNHD = wide(self.decay_proj(x_BNC)).sigmoid().unflatten(-1, split) ** (1 / self.divisor)
+        alpha_BNHD = self.decay_proj.logits(x_BNC).sigmoid().unflatten(-1, split) ** (1 / self.decay_proj.divisor)
         rows = []
         for n in range(tokens):
             row = torch.zeros_like(v[:, n])
@@ -132,12 +125,11 @@ class GLA(Mixer):
                 between_BHD = alpha_BNHD[:, m + 1 : n + 1].prod(1)
                 row = row + (q[:, n] * k[:, m] * between_BHD).sum(-1, keepdim=True) / self.key_size**0.5 * v[:, m]
             rows.append(row)
-        return self._finish(torch.stack(rows, 1).to(x_BNC.dtype), x_BNC)
+        return self._finish(torch.stack(rows, 1), x_BNC)
 
     def count(self, sizes: Sizes) -> Cost:
         """The projections, and each token into the state and out of it."""
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        projections = 2 * sizes.batch * sizes.queries * sum(layer.weight.numel() for layer in layers)
+        projections = projection_flops(self, sizes.batch * sizes.queries)
         needed, made = flops(sizes.queries, self.key_size, self.value_size)
         copies = sizes.batch * self.site.heads
         pairs = Mask(causal=True).area(sizes.queries, sizes.keys, sizes.batch, self.site.heads)

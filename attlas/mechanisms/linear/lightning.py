@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.decay import decayed_linear_attention, flops
 from attlas.ops.precision import wide
+from attlas.ops.recurrent import keys_ahead
 from attlas.ops.slopes import alibi_slopes
 
 SPEC = Spec(
@@ -77,9 +77,7 @@ class Lightning(Attend):
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Run the op."""
         queries, keys = q_BHND.shape[2], k_BGMD.shape[2]
-        if queries > keys:
-            raise BadInput(f"queries are the last of the keys' positions, got {queries} queries and {keys} keys")
-        q = F.pad(q_BHND, (0, 0, keys - queries, 0))  # the first keys go into the state alone
+        q = F.pad(q_BHND, (0, 0, keys_ahead(queries, keys), 0))  # the first keys go into the state alone
         return self._attend(q, k_BGMD, v_BGME, None, call.mask.keys)[0][:, :, keys - queries :]
 
     oracle = compute  # the op's own oracle backend

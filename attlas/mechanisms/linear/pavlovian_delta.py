@@ -31,6 +31,7 @@ from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.delta import flops, gated_delta_rule
 from attlas.ops.precision import wide
+from attlas.ops.recurrent import keys_ahead
 
 SPEC = Spec(
     name="pavlovian_delta",
@@ -74,7 +75,7 @@ class PavlovianDelta(Attend):
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        ahead = self._ahead(q_BHND, k_BHMD)
+        ahead = keys_ahead(q_BHND.shape[2], k_BHMD.shape[2])
         q = F.pad(q_BHND, (0, 0, ahead, 0))  # the first trials are learned and not tested
         return self._attend(q, k_BHMD, v_BHME, None, call.mask.keys)[0][:, :, ahead:]
 
@@ -85,14 +86,6 @@ class PavlovianDelta(Attend):
         beta_BHN = (self._rates(length_BHN1) / length_BHN1).squeeze(-1)
         return gated_delta_rule(q, k, v, beta_BHN, None, state, keep, backend=self.backend)
 
-    def _ahead(self, q: Tensor, k: Tensor) -> int:
-        """How many trials come before the first test."""
-        if q.shape[2] > k.shape[2]:
-            raise BadInput(
-                f"queries are the last of the keys' positions, got {q.shape[2]} queries and {k.shape[2]} keys"
-            )
-        return k.shape[2] - q.shape[2]
-
     def _rates(self, like: Tensor) -> Tensor | float:
         """(H, 1, 1) in the dtype of `like`, or one number for all heads."""
         if self.rate is not None:
@@ -102,7 +95,7 @@ class PavlovianDelta(Attend):
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """The rule as it is written, trial by trial."""
-        ahead = self._ahead(q_BHND, k_BHMD)
+        ahead = keys_ahead(q_BHND.shape[2], k_BHMD.shape[2])
         memory_BHED = v_BHME.new_zeros(*v_BHME.shape[:2], v_BHME.shape[3], k_BHMD.shape[3])
         rows = []
         for t in range(k_BHMD.shape[2]):

@@ -29,7 +29,8 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.decay import decayed_linear_attention, flops
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import keys_ahead
 
 SPEC = Spec(
     name="pavlovian_oja",
@@ -73,16 +74,12 @@ class PavlovianOja(Attend):
         if not 0 <= rate * decay < 1:
             raise BadInput(f"rate times decay is forgotten in each trial, a share in [0, 1), got {rate} x {decay}")
         self.rate, self.decay = rate, decay
-        # No buffer: a model in bfloat16 forgets at the same rate.
-        self.slopes = torch.full((site.heads,), -math.log1p(-rate * decay), dtype=torch.float64)
+        # No buffer, and not on "meta" with a model that is: it forgets at the same rate in bfloat16.
+        self.slopes = torch.full((site.heads,), -math.log1p(-rate * decay), dtype=torch.float64, device="cpu")
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        ahead = k_BHMD.shape[2] - q_BHND.shape[2]
-        if ahead < 0:
-            raise BadInput(
-                f"queries are the last of the keys' positions, got {q_BHND.shape[2]} queries and {k_BHMD.shape[2]} keys"
-            )
+        ahead = keys_ahead(q_BHND.shape[2], k_BHMD.shape[2])
         q = F.pad(q_BHND, (0, 0, ahead, 0))  # the first keys go into the memory alone
         return self._attend(q, k_BHMD, v_BHME, None, call.mask.keys)[0][:, :, ahead:]
 
@@ -90,7 +87,8 @@ class PavlovianOja(Attend):
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         slopes = self.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
-        o, sums = decayed_linear_attention(q, k, v, slopes, state, keep, backend=self.backend)
+        with as_written(q):
+            o, sums = decayed_linear_attention(q, k, v, slopes, state, keep, backend=self.backend)
         return o * self.rate, sums
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:

@@ -7,7 +7,8 @@
 Features 2i and 2i + 1 of a head are one complex number, whose angle is θ_i = 10000^(−i / (D/2 − 1)): turning and
 fading together are the complex decay (γ e^{iθ})^(n − m), as in xPos. The norm divides each head of each token by its
 root mean square and has no weights. It hides every positive factor of o, and with it the normalisers of the
-official code (of rows of the decay and of sums of scores), which keep half precision in range; they are left out.
+official code (of rows of the decay and of sums of scores), which are left out: what they do for half precision, sums in
+float32 up to the norm do here.
 Values and gate are `expand_v` times as wide as the tokens. Padding is no position and does not let the state fade.
 
 x (B, N, C), q, k (B, H, N, D), v (B, H, N, E). Time O(N D E H) beside the projections, memory O(N C); the state is S,
@@ -29,8 +30,8 @@ from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.decay import decayed_linear_attention, flops
-from attlas.ops.precision import wide
-from attlas.ops.recurrent import alone, head_size
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import alone, head_size, normed_heads, roomy
 
 EPS = 1e-6
 
@@ -83,8 +84,10 @@ class Retention(Mixer):
             nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
         # No buffers: a model in bfloat16 turns and fades at the same rates.
-        self.slopes = -torch.log1p(-(2.0 ** (-5 - torch.arange(site.heads, dtype=torch.float64))))
-        self.angles = 10000.0 ** -torch.linspace(0, 1, self.size // 2, dtype=torch.float64)
+        # Nor on "meta" with a model that is laid out there: they would never be filled.
+        head_H = torch.arange(site.heads, dtype=torch.float64, device="cpu")
+        self.slopes = -torch.log1p(-(2.0 ** (-5 - head_H)))
+        self.angles = 10000.0 ** -torch.linspace(0, 1, self.size // 2, dtype=torch.float64, device="cpu")
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """From an empty state."""
@@ -95,14 +98,16 @@ class Retention(Mixer):
         if keep is not None:
             x_BNC = x_BNC.masked_fill(~keep.unsqueeze(-1), 0)
         q, k, v = (
-            proj(x_BNC).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            roomy(proj(x_BNC)).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         count_BN = torch.arange(1, tokens + 1, device=x_BNC.device).unsqueeze(0) if keep is None else keep.cumsum(1)
         count_BN = state.tokens.unsqueeze(1) + count_BN
         angle_B1ND = count_BN[:, None, :, None] * self.angles.to(x_BNC.device)
         q, k = self._turned(q, angle_B1ND), self._turned(k, angle_B1ND) * self.size**-0.5
         slopes = self.slopes.to(x_BNC.device, wide(q).dtype)
-        o, sums = decayed_linear_attention(q, k, v, slopes, state.sums, keep, backend=self.backend)
+        with as_written(x_BNC):
+            o, sums = decayed_linear_attention(q, k, v, slopes, state.sums, keep, backend=self.backend)
         return self._finish(o.transpose(1, 2), x_BNC), RetentionState(sums, count_BN[:, -1])
 
     @staticmethod
@@ -112,8 +117,7 @@ class Retention(Mixer):
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
     def _finish(self, o_BNHE: Tensor, x_BNC: Tensor) -> Tensor:
-        o_BNHE = F.rms_norm(o_BNHE, o_BNHE.shape[-1:], eps=EPS)
-        return self.out_proj(F.silu(self.gate_proj(x_BNC)) * o_BNHE.flatten(2))
+        return self.out_proj(F.silu(self.gate_proj(x_BNC)) * normed_heads(o_BNHE, x_BNC, EPS))
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Every pair's weight, in complex numbers."""
@@ -133,7 +137,7 @@ class Retention(Mixer):
             weights = torch.einsum("bnf,bmf,nmf->bnm", q_BNHF[:, :, h], k_BMHF[:, :, h].conj(), fade_NMF).real
             v_BME = wide(self.v_proj(x_BNC)).unflatten(-1, (heads, -1))[:, :, h]
             o.append((weights * (distance_NM >= 0)) / self.size**0.5 @ v_BME)
-        return self._finish(torch.stack(o, 2).to(x_BNC.dtype), x_BNC)
+        return self._finish(torch.stack(o, 2), x_BNC)
 
     def count(self, sizes: Sizes) -> Cost:
         """The projections, and each token into the state and out of it."""

@@ -6,31 +6,30 @@
     y_t = M_t(q_t)
 
 x (B, N, C); q, k, v (B, H, N, D) are projections behind a causal convolution of 4 tokens and a SiLU, q and k of length
-1; theta, eta and alpha are sigmoids of a projection of the token, for each head. M is a network of `depth` layers
-without biases, D -> 4 D -> ... -> D with GELUs in between, one for each head; depth 1 is a D x D matrix, for which eta
-= alpha = 0 gives the delta rule. Its initial weights are learned with everything else: the outer gradient goes through
-the inner ones. Persistent tokens, learned and the same for every sequence, are read before the first token. Answers
-are normalised, gated and projected.
+1; theta, eta and alpha are sigmoids of a projection of the token, for each head, theta divided by the tokens of a
+chunk, whose gradients add up. M is a network of `depth` layers without biases, D -> 4 D -> ... -> D with GELUs in
+between, one for each head; depth 1 is a D x D matrix, for which eta = alpha = 0 gives the delta rule. Its initial
+weights are learned with everything else: the outer gradient goes through the inner ones. Persistent tokens, learned and
+the same for every sequence, are read before the first token. Answers are normalised, gated and projected.
 
 Within a chunk gradients are taken at the weights with which the chunk began, which makes it a few matrix products;
-chunk = 1 is the recurrence above. Chunks are counted in positions. A token is answered by the memory that has just
-learned it, and never by one that has learned a later token. Padding is not learned and lets nothing be forgotten.
+chunk = 1 is the recurrence above. A token is answered by the memory that has just learned it, and never by one that
+has learned a later token. Padding is not learned, lets nothing be forgotten, and the convolutions skip it; but chunks
+are counted in positions, padded ones included.
 
 Time O(N (P + C D)) per head for P = |M| weights and chunks of C tokens; the state is M, S and the weights at the
-beginning of the chunk, 3 P numbers per head, and the last three rows before the convolution.
+beginning of the chunk, 3 P numbers per head, and the rows of the last three real tokens before the convolution.
 
 Source: Behrouz, Zhong, Mirrokni, "Titans: Learning to Memorize at Test Time", 2024 (arXiv:2501.00663). There is no
-official code. The sizes of the memory and of the convolution, the GELU, and what the rates start from are ours.
+official code. The sizes of the memory and of the convolution, the GELU, the division of theta by the chunk, and what
+the rates start from are ours.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attlas.core.errors import BadInput
-from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.neural_memory import LayerState, NeuralMemory, expand
+from attlas.ops.neural_memory import LayerState, MemoryMixer, expand
 
 SPEC = Spec(
     name="titans",
@@ -69,61 +68,17 @@ SPEC = Spec(
 
 
 @register(SPEC)
-class Titans(Mixer):
-    """Neural long-term memory.
-
-    Args:
-        site: where it is installed; heads divide dim.
-        backend: of `neural_memory`.
-        depth: layers of the memory; one is a matrix.
-        expansion: width of the memory's hidden layers, in head sizes.
-        chunk: tokens whose gradients are taken at the same weights.
-        kernel: tokens that the convolutions of q, k and v see.
-        persistent: learned tokens that are read first.
-        max_step: theta stays below it.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        backend: str = "auto",
-        *,
-        depth: int = 2,
-        expansion: int = 4,
-        chunk: int = 64,
-        kernel: int = 4,
-        persistent: int = 4,
-        max_step: float = 1.0,
-    ) -> None:
-        super().__init__(site, backend)
-        if persistent < 0:
-            raise BadInput(f"persistent counts learned tokens, got {persistent}")
-        self.memory = NeuralMemory(
-            site, depth=depth, expansion=expansion, chunk=chunk, kernel=kernel, max_step=max_step
-        )
-        self.persistent = nn.Parameter(torch.randn(1, persistent, site.dim)) if persistent else None
-
-    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Read all tokens behind the persistent ones."""
-        return self.advance(x_BNC, self.start(x_BNC.shape[0], x_BNC), call.mask.keys)[0]
-
-    oracle = compute  # the ops' own oracle backends
-
-    def count(self, sizes: Sizes) -> Cost:
-        """The persistent tokens once, and each sequence."""
-        first = 0 if self.persistent is None else self.persistent.shape[1]
-        one = self.memory.count(sizes.queries, first % self.memory.chunk)
-        every = Cost(sizes.batch * one.flops, sizes.batch * one.executed)
-        return every + self.memory.count(first)
+class Titans(MemoryMixer):
+    """Neural long-term memory; the arguments are those of `MemoryMixer`."""
 
     def start(self, batch: int, like: Tensor) -> LayerState:
         """The memory that has read the persistent tokens."""
-        if self.persistent is None:
-            return self.memory.start(batch, like)
-        return expand(
-            self.memory.read(self.persistent.to(like), self.memory.start(1, like), backend=self.backend)[1], batch
-        )
+        return expand(self.begin(like)[1], batch)
 
-    def advance(self, x_BNC: Tensor, state: LayerState, keep: Tensor | None) -> tuple[Tensor, LayerState]:
+    def read(self, x_BNC: Tensor, state: LayerState, keep: Tensor | None) -> tuple[Tensor, LayerState]:
         """Read on."""
         return self.memory.read(x_BNC, state, keep, backend=self.backend)
+
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """The answers to the tokens behind the persistent ones."""
+        return self.literal_answers(first_BPC, x_BNC, keep)[1]

@@ -9,7 +9,8 @@ For the segments s of a sequence, with the memory M as the segments before have 
 where M' has learned y, each token by the time that it is answered (`attlas show titans` has the equations of M). P are
 persistent tokens, learned and the same for every sequence, and seen by all. A token sees h and s up to its own place:
 h is made of the tokens of the segment itself, and the later ones of it would tell what is to come. A segment is a
-chunk of the memory: all its gradients are taken at the weights that gave h.
+chunk of the memory: all its gradients are taken at the weights that gave h. Segments are counted in positions, padded
+ones included.
 
 x (B, N, C); time O(N (C segment + |M|)); the state is that of the memory and keys and values of the segment so far.
 
@@ -25,12 +26,11 @@ from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
-from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
+from attlas.core.mechanism import Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.neural_memory import LayerState, NeuralMemory, blank
-from attlas.ops.persistent_window import GatedProduct
-from attlas.ops.softmax import softmax_attention
+from attlas.ops.neural_memory import GatedProduct, LayerState, MemoryMixer, blank, project
+from attlas.ops.softmax import attention_weights, softmax_attention
 
 SPEC = Spec(
     name="titans_mac",
@@ -69,7 +69,7 @@ class ContextState(NamedTuple):
 
     Attributes:
         memory: of what the attention put out.
-        queries: the last rows of the questions before their convolution (B, K - 1, C).
+        queries: the last rows of real questions before their convolution (B, K - 1, C).
         k, v: of h and of the token itself, for each token of the segment so far (B, H, n, 2, D).
         keep: which of these tokens are real (B, n).
     """
@@ -82,7 +82,7 @@ class ContextState(NamedTuple):
 
 
 @register(SPEC)
-class TitansContext(Mixer):
+class TitansContext(MemoryMixer):
     """Attention within segments that sees what a neural memory recalls.
 
     Args:
@@ -93,7 +93,7 @@ class TitansContext(Mixer):
         expansion: width of the memory's hidden layers, in head sizes.
         kernel: tokens that the memory's convolutions see.
         persistent: learned tokens in front of every segment.
-        max_step: theta stays below it.
+        max_step: theta stays below max_step / segment.
     """
 
     def __init__(
@@ -108,26 +108,23 @@ class TitansContext(Mixer):
         persistent: int = 4,
         max_step: float = 1.0,
     ) -> None:
-        super().__init__(site, backend)
-        if persistent < 0:
-            raise BadInput(f"persistent counts learned tokens, got {persistent}")
         if segment < 1:
             raise BadInput(f"a segment holds at least one token, got {segment}")
-        self.segment = segment
-        self.memory = NeuralMemory(
-            site, depth=depth, expansion=expansion, chunk=segment, kernel=kernel, max_step=max_step
+        super().__init__(
+            site,
+            backend,
+            depth=depth,
+            expansion=expansion,
+            chunk=segment,
+            kernel=kernel,
+            persistent=persistent,
+            max_step=max_step,
         )
+        self.segment = segment
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(site.dim, site.dim, bias=False) for _ in range(4)
         )
         self.gate = GatedProduct(site.dim)
-        self.persistent = nn.Parameter(torch.randn(1, persistent, site.dim)) if persistent else None
-
-    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Read all tokens."""
-        return self.advance(x_BNC, self.start(x_BNC.shape[0], x_BNC), call.mask.keys)[0]
-
-    oracle = compute  # the ops' own oracle backends
 
     def count(self, sizes: Sizes) -> Cost:
         """Memory and projections, of the persistent tokens once, and the pairs of each segment."""
@@ -158,12 +155,11 @@ class TitansContext(Mixer):
         rows = x_B0C.new_zeros(batch, heads, 0, 2, self.site.dim // heads)
         return rows, rows, x_B0C.new_zeros(batch, 0, dtype=torch.bool)
 
-    def advance(self, x_BNC: Tensor, state: ContextState, keep: Tensor | None) -> tuple[Tensor, ContextState]:
+    def read(self, x_BNC: Tensor, state: ContextState, keep: Tensor | None) -> tuple[Tensor, ContextState]:
         """Segment by segment, from where the state stands in its own."""
         keep = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool) if keep is None else keep
         x_BNC = blank(x_BNC, keep)
-        first = x_BNC.new_zeros(1, 0, self.site.dim) if self.persistent is None else self.persistent.to(x_BNC)
-        first_k, first_v = (self._heads(proj(first)) for proj in (self.k_proj, self.v_proj))
+        first_k, first_v = (self._heads(proj(self.front(x_BNC))) for proj in (self.k_proj, self.v_proj))
         rows, start = [], 0
         while start < x_BNC.shape[1]:
             part = slice(start, start + self.segment - state.memory.memory.filled)
@@ -180,7 +176,7 @@ class TitansContext(Mixer):
         self, x_BNC: Tensor, keep: Tensor, state: ContextState, first_k: Tensor, first_v: Tensor
     ) -> tuple[Tensor, ContextState]:
         """Tokens of one segment."""
-        h, queries = self.memory.recall(x_BNC, state.memory, state.queries, backend=self.backend)
+        h, queries = self.memory.recall(x_BNC, state.memory, state.queries, keep)
         both_BN2C = torch.stack([h, x_BNC.to(h)], 2)
         k, v = (self._heads(proj(both_BN2C)) for proj in (self.k_proj, self.v_proj))
         k, v = torch.cat([state.k.to(k), k], 2), torch.cat([state.v.to(v), v], 2)
@@ -201,3 +197,29 @@ class TitansContext(Mixer):
         k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x.flatten(2, 3)], 2) for p, x in ((first_k, k), (first_v, v)))
         o = softmax_attention(q, k, v, mask, backend=self.backend)
         return o.transpose(1, 2).flatten(2)
+
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """Segment by segment; what the memory has learned is learned anew for each."""
+        keep_BN = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool) if keep is None else keep
+        weights, y_BNC, m = self.memory.literal_start(len(x_BNC)), x_BNC[:, :0], x_BNC[:, :0]
+        for start in range(0, x_BNC.shape[1], self.segment):
+            here = slice(start, start + self.segment)
+            h_BCC = self.memory.literal_recall(x_BNC[:, : here.stop], keep_BN[:, : here.stop], weights)[:, start:]
+            y = self._literal_attend(first_BPC, h_BCC, x_BNC[:, here], keep_BN[:, here])
+            y_BNC = torch.cat([y_BNC, y], 1)
+            m, weights = self.memory.literal(y_BNC, keep_BN[:, : here.stop])
+        return project(self.out_proj, self.gate.literal(y_BNC, m))
+
+    def _literal_attend(self, first_BPC: Tensor, h_BNC: Tensor, x_BNC: Tensor, keep_BN: Tensor) -> Tensor:
+        """y of one segment, query by query."""
+        rows = []
+        for n in range(x_BNC.shape[1]):
+            seen_BMC = torch.cat([first_BPC, h_BNC[:, : n + 1], x_BNC[:, : n + 1]], 1)
+            real_BM = torch.cat([keep_BN.new_ones(first_BPC.shape[:2]), *[keep_BN[:, : n + 1]] * 2], 1)
+            q, k, v = (
+                torch.stack(project(proj, t).chunk(self.site.heads, -1), 1)
+                for proj, t in ((self.q_proj, x_BNC[:, n : n + 1]), (self.k_proj, seen_BMC), (self.v_proj, seen_BMC))
+            )
+            o_BH1D = attention_weights(q, k, Mask.padding(real_BM)) @ v
+            rows.append(torch.cat(o_BH1D.unbind(1), -1))
+        return torch.cat(rows, 1)

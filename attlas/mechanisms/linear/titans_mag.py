@@ -5,8 +5,9 @@
 
 x (B, N, C); P are persistent tokens, learned and the same for every sequence: every query of the attention sees them,
 and the memory M reads them first (`attlas show titans` has its equations). The window holds the last `window` tokens,
-itself included. The norms are root mean squares with weights. Positions are left to the tokens: the convolutions of
-the memory and the window itself are all that tells near from far.
+itself included; window and chunks are counted in positions, padded ones included. The norms are root mean squares with
+weights. Positions are left to the tokens: the convolutions of the memory and the window itself are all that tells near
+from far.
 
 Time O(N (W C + |M|)); the state is that of the memory and keys and values of the last W - 1 tokens.
 
@@ -16,15 +17,12 @@ official code: the SiLU of the gate and the projections around it are ours.
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attlas.core.errors import BadInput
-from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.neural_memory import LayerState, NeuralMemory, expand
-from attlas.ops.persistent_window import GatedProduct, WindowAttention, WindowState
+from attlas.ops.neural_memory import GatedProduct, LayerState, expand, project
+from attlas.ops.persistent_window import WindowedMemory, WindowState
 
 SPEC = Spec(
     name="titans_mag",
@@ -62,69 +60,24 @@ class GateState(NamedTuple):
 
 
 @register(SPEC)
-class TitansGate(Mixer):
-    """Sliding-window attention gated by a neural memory.
+class TitansGate(WindowedMemory):
+    """Sliding-window attention gated by a neural memory; the arguments are those of `WindowedMemory`."""
 
-    Args:
-        site: where it is installed; heads divide dim.
-        backend: of `neural_memory` and `window_attention`.
-        window: tokens that a token attends to, itself included.
-        depth: layers of the memory; one is a matrix.
-        expansion: width of the memory's hidden layers, in head sizes.
-        chunk: tokens whose gradients are taken at the same weights.
-        kernel: tokens that the memory's convolutions see.
-        persistent: learned tokens in front.
-        max_step: theta stays below it.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        backend: str = "auto",
-        *,
-        window: int = 128,
-        depth: int = 2,
-        expansion: int = 4,
-        chunk: int = 64,
-        kernel: int = 4,
-        persistent: int = 4,
-        max_step: float = 1.0,
-    ) -> None:
-        super().__init__(site, backend)
-        if persistent < 0:
-            raise BadInput(f"persistent counts learned tokens, got {persistent}")
-        self.memory = NeuralMemory(
-            site, depth=depth, expansion=expansion, chunk=chunk, kernel=kernel, max_step=max_step
-        )
-        self.attention = WindowAttention(site, window)
-        self.gate = GatedProduct(site.dim)
-        self.out_proj = nn.Linear(site.dim, site.dim, bias=False)
-        self.persistent = nn.Parameter(torch.randn(1, persistent, site.dim)) if persistent else None
-
-    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Read all tokens."""
-        return self.advance(x_BNC, self.start(x_BNC.shape[0], x_BNC), call.mask.keys)[0]
-
-    oracle = compute  # the ops' own oracle backends
-
-    def count(self, sizes: Sizes) -> Cost:
-        """The memory, which reads the persistent tokens once, the window, the output."""
-        first = 0 if self.persistent is None else self.persistent.shape[1]
-        one = self.memory.count(sizes.queries, first % self.memory.chunk)
-        out = 2 * sizes.queries * self.site.dim**2
-        every = Cost(sizes.batch * (one.flops + out), sizes.batch * (one.executed + out))
-        return every + self.memory.count(first) + self.attention.count(sizes.queries, sizes.batch, first)
+    def add(self) -> None:
+        """The gate."""
+        self.gate = GatedProduct(self.site.dim)
 
     def start(self, batch: int, like: Tensor) -> GateState:
         """The memory that has read the persistent tokens, and an empty window."""
-        memory = self.memory.start(1, like)
-        if self.persistent is not None:
-            memory = self.memory.read(self.persistent.to(like), memory, backend=self.backend)[1]
-        return GateState(expand(memory, batch), self.attention.start(batch, like))
+        return GateState(expand(self.begin(like)[1], batch), self.attention.start(batch, like))
 
-    def advance(self, x_BNC: Tensor, state: GateState, keep: Tensor | None) -> tuple[Tensor, GateState]:
+    def read(self, x_BNC: Tensor, state: GateState, keep: Tensor | None) -> tuple[Tensor, GateState]:
         """Both read on."""
-        first = x_BNC.new_zeros(1, 0, self.site.dim) if self.persistent is None else self.persistent.to(x_BNC)
-        y, window = self.attention.read(x_BNC, first, state.window, keep, backend=self.backend)
+        y, window = self.attention.read(x_BNC, self.front(x_BNC), state.window, keep, backend=self.backend)
         m, memory = self.memory.read(x_BNC, state.memory, keep, backend=self.backend)
         return self.out_proj(self.gate(y, m)), GateState(memory, window)
+
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """Both, and their product."""
+        y_BNC = self.attention.literal(first_BPC, x_BNC, keep)
+        return project(self.out_proj, self.gate.literal(y_BNC, self.literal_answers(first_BPC, x_BNC, keep)[1]))

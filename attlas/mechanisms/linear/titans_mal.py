@@ -4,7 +4,7 @@
 
 x (B, N, C); P are persistent tokens, learned and the same for every sequence. The memory M reads them first (`attlas
 show titans` has its equations), and what it answers to them is seen by every query of the attention. The window holds
-the last `window` tokens, itself included.
+the last `window` tokens, itself included; window and chunks are counted in positions, padded ones included.
 
 Time O(N (W C + |M|)); the state is that of the memory, keys and values of the last W - 1 tokens, and the answers to P.
 
@@ -14,15 +14,12 @@ official code: that the answers to the persistent tokens stay visible is our rea
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attlas.core.errors import BadInput
-from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.neural_memory import LayerState, NeuralMemory, expand
-from attlas.ops.persistent_window import WindowAttention, WindowState
+from attlas.ops.neural_memory import LayerState, expand, project
+from attlas.ops.persistent_window import WindowedMemory, WindowState
 
 SPEC = Spec(
     name="titans_mal",
@@ -61,67 +58,20 @@ class LayersState(NamedTuple):
 
 
 @register(SPEC)
-class TitansLayer(Mixer):
-    """Sliding-window attention on the answers of a neural memory.
-
-    Args:
-        site: where it is installed; heads divide dim.
-        backend: of `neural_memory` and `window_attention`.
-        window: tokens that a token attends to, itself included.
-        depth: layers of the memory; one is a matrix.
-        expansion: width of the memory's hidden layers, in head sizes.
-        chunk: tokens whose gradients are taken at the same weights.
-        kernel: tokens that the memory's convolutions see.
-        persistent: learned tokens in front.
-        max_step: theta stays below it.
-    """
-
-    def __init__(
-        self,
-        site: Site,
-        backend: str = "auto",
-        *,
-        window: int = 128,
-        depth: int = 2,
-        expansion: int = 4,
-        chunk: int = 64,
-        kernel: int = 4,
-        persistent: int = 4,
-        max_step: float = 1.0,
-    ) -> None:
-        super().__init__(site, backend)
-        if persistent < 0:
-            raise BadInput(f"persistent counts learned tokens, got {persistent}")
-        self.memory = NeuralMemory(
-            site, depth=depth, expansion=expansion, chunk=chunk, kernel=kernel, max_step=max_step
-        )
-        self.attention = WindowAttention(site, window)
-        self.out_proj = nn.Linear(site.dim, site.dim, bias=False)
-        self.persistent = nn.Parameter(torch.randn(1, persistent, site.dim)) if persistent else None
-
-    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Read all tokens."""
-        return self.advance(x_BNC, self.start(x_BNC.shape[0], x_BNC), call.mask.keys)[0]
-
-    oracle = compute  # the ops' own oracle backends
-
-    def count(self, sizes: Sizes) -> Cost:
-        """The memory, which reads the persistent tokens once, the window, the output."""
-        first = 0 if self.persistent is None else self.persistent.shape[1]
-        one = self.memory.count(sizes.queries, first % self.memory.chunk)
-        out = 2 * sizes.queries * self.site.dim**2
-        every = Cost(sizes.batch * (one.flops + out), sizes.batch * (one.executed + out))
-        return every + self.memory.count(first) + self.attention.count(sizes.queries, sizes.batch, first)
+class TitansLayer(WindowedMemory):
+    """Sliding-window attention on the answers of a neural memory; the arguments are those of `WindowedMemory`."""
 
     def start(self, batch: int, like: Tensor) -> LayersState:
         """The memory that has read the persistent tokens, what it answered, and an empty window."""
-        memory, first = self.memory.start(1, like), like.new_zeros(1, 0, self.site.dim)
-        if self.persistent is not None:
-            first, memory = self.memory.read(self.persistent.to(like), memory, backend=self.backend)
+        first, memory = self.begin(like)
         return LayersState(expand(memory, batch), self.attention.start(batch, like), first)
 
-    def advance(self, x_BNC: Tensor, state: LayersState, keep: Tensor | None) -> tuple[Tensor, LayersState]:
+    def read(self, x_BNC: Tensor, state: LayersState, keep: Tensor | None) -> tuple[Tensor, LayersState]:
         """The memory reads on, the window behind it."""
         y, memory = self.memory.read(x_BNC, state.memory, keep, backend=self.backend)
         o, window = self.attention.read(y, state.first, state.window, keep, backend=self.backend)
         return self.out_proj(o), LayersState(memory, window, state.first)
+
+    def literal(self, first_BPC: Tensor, x_BNC: Tensor, keep: Tensor | None) -> Tensor:
+        """The memory's answers, then the window on them."""
+        return project(self.out_proj, self.attention.literal(*self.literal_answers(first_BPC, x_BNC, keep), keep))

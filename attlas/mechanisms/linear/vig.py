@@ -21,7 +21,6 @@ Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
@@ -30,9 +29,10 @@ from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.gated import bidirectional_gated_attention, flops
-from attlas.ops.precision import wide
-from attlas.ops.recurrent import head_size
+from attlas.ops.precision import as_written, wide
+from attlas.ops.recurrent import LogGates, head_size, normed_heads, projection_flops, roomy
 
+EPS = 1e-5
 ACTIVATIONS = {None: nn.Identity, "silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 SPEC = Spec(
@@ -92,20 +92,15 @@ class ViG(Mixer):
             raise BadInput(f"heads must divide dim: {site.dim} channels do not split into {site.heads} heads")
         self.value_size = site.dim // site.heads
         self.key_size = head_size("expand_k", expand_k, site.dim, site.heads)
-        if rank < 1:
-            raise BadInput(f"rank counts the channels that the gates pass through, at least 1, got {rank}")
-        if divisor <= 0:
-            raise BadInput(f"divisor is positive: what it divides is the logarithm of a gate below 1; got {divisor}")
         for name, kind in (("local_activation", local_activation), ("output_activation", output_activation)):
             if kind not in ACTIVATIONS:
                 raise BadInput(f"{name} is one of {', '.join(map(repr, ACTIVATIONS))}, got {kind!r}")
-        self.divisor = divisor
         dim, self.keys = site.dim, site.heads * self.key_size
         self.convolution = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.local_activation = ACTIVATIONS[local_activation]()
         self.qkv_proj = nn.Linear(dim, 2 * self.keys + dim, bias=False)
-        self.decay_proj = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, 2 * self.keys))
-        self.norm, self.local_norm = (nn.RMSNorm(self.value_size, eps=1e-5) for _ in range(2))
+        self.decay_proj = LogGates(dim, rank, 2 * self.keys, divisor)
+        self.norm, self.local_norm = (nn.RMSNorm(self.value_size, eps=EPS) for _ in range(2))
         self.gate_proj = nn.Linear(dim, dim)
         self.output_activation = ACTIVATIONS[output_activation]()
         self.out_proj = nn.Linear(dim, dim, bias=False)
@@ -115,10 +110,11 @@ class ViG(Mixer):
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Convolve, run the op, gate."""
         u_BNC = self._local(_without_padding(x_BNC, call), call.grid)
-        q, k, v = self._heads(self.qkv_proj(u_BNC).split([self.keys, self.keys, self.site.dim], -1))
-        gates = self._heads((F.logsigmoid(wide(self.decay_proj(u_BNC))) / self.divisor).chunk(2, -1))
+        q, k, v = self._heads(roomy(self.qkv_proj(u_BNC)).split([self.keys, self.keys, self.site.dim], -1))
+        gates = self._heads(self.decay_proj(u_BNC).chunk(2, -1))
         q = q * self.key_size**-0.5
-        o = bidirectional_gated_attention(q, k, v, *gates, call.mask.keys, backend=self.backend) / 2
+        with as_written(x_BNC):
+            o = bidirectional_gated_attention(q, k, v, *gates, call.mask.keys, backend=self.backend) / 2
         return self._finish(o.transpose(1, 2), u_BNC)
 
     def _heads(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -131,9 +127,9 @@ class ViG(Mixer):
         return torch.cat([prefix, self.local_activation(u_BCS).flatten(2).transpose(1, 2)], 1)
 
     def _finish(self, o_BNHE: Tensor, u_BNC: Tensor) -> Tensor:
-        local_BNC = self.local_norm(u_BNC.unflatten(-1, (self.site.heads, -1))).flatten(2)
+        local_BNC = normed_heads(u_BNC.unflatten(-1, (self.site.heads, -1)), u_BNC, EPS, self.local_norm.weight)
         gate_BNC = self.gate_proj(u_BNC).sigmoid()
-        y_BNC = gate_BNC * self.norm(o_BNHE).flatten(2) + (1 - gate_BNC) * local_BNC
+        y_BNC = gate_BNC * normed_heads(o_BNHE, u_BNC, EPS, self.norm.weight) + (1 - gate_BNC) * local_BNC
         return self.out_proj(self.output_activation(y_BNC))
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
@@ -151,7 +147,7 @@ class ViG(Mixer):
 
         split = [self.keys, self.keys, self.site.dim]
         q, k, v = (wide(part).unflatten(-1, (heads, -1)) for part in self.qkv_proj(u_BNC).split(split, -1))
-        gates = wide(self.decay_proj(u_BNC)).sigmoid().unflatten(-1, (2, heads, -1)) ** (1 / self.divisor)
+        gates = self.decay_proj.logits(u_BNC).sigmoid().unflatten(-1, (2, heads, -1)) ** (1 / self.decay_proj.divisor)
         if call.mask.keys is not None:
             real_BN11 = call.mask.keys[..., None, None]
             k, gates = k.where(real_BN11, 0), gates.where(real_BN11.unsqueeze(-1), 1)
@@ -163,13 +159,12 @@ class ViG(Mixer):
                 fade = 2 if m == n else (ahead[:, m + 1 : n + 1] if m < n else back[:, n:m]).prod(1)
                 row = row + (q[:, n] * k[:, m] * fade).sum(-1, keepdim=True) / (2 * self.key_size**0.5) * v[:, m]
             rows.append(row)
-        return self._finish(torch.stack(rows, 1).to(x_BNC.dtype), u_BNC)
+        return self._finish(torch.stack(rows, 1), u_BNC)
 
     def count(self, sizes: Sizes) -> Cost:
         """Projections, taps, each token into two states and out of them; the torch backend also multiplies zeros."""
         dim, heads, grid = self.site.dim, self.site.heads, sizes.grid
-        layers = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        projections = 2 * sizes.batch * sizes.queries * sum(layer.weight.numel() for layer in layers)
+        projections = projection_flops(self, sizes.batch * sizes.queries)
         on_image = 1
         for length in grid.shape:
             on_image *= 3 * length - 2

@@ -50,6 +50,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
+from attlas.ops.precision import as_written
 from attlas.ops.softmax import blank_padding, softmax_attention
 
 OFFSET = 0.01  # of the number of clusters that an output is divided by
@@ -198,7 +199,7 @@ class Routing(Attend):
     @torch.no_grad()
     def _score(self, x_BHND: Tensor) -> Tensor:
         """x . mu for every cluster, (B, H, C, N)."""
-        with torch.autocast(x_BHND.device.type, enabled=False):
+        with as_written(x_BHND):
             return self.centroids.to(x_BHND.dtype) @ x_BHND.mT
 
     def _clustered(

@@ -34,7 +34,7 @@ from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import EVERY_MASK, Example, Pattern, Spec
 from attlas.ops.pairs import dense_mask
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 
 SPEC = Spec(
     name="convit",
@@ -139,7 +139,7 @@ class ConViT(Mixer):
         dy_YY, dx_XX = (place.unsqueeze(0) - place.unsqueeze(1) for place in (rows, columns))
         weight_H3, bias_H = wide(self.position_proj.weight), wide(self.position_proj.bias)
         zero_YY, zero_XX = torch.zeros_like(dy_YY), torch.zeros_like(dx_XX)
-        with torch.autocast(weight_H3.device.type, enabled=False):
+        with as_written(weight_H3):
             y_YYH = F.linear(torch.stack([zero_YY, dy_YY, dy_YY**2], -1).to(weight_H3), weight_H3, bias_H)
             x_XXH = F.linear(torch.stack([dx_XX, zero_XX, dx_XX**2], -1).to(weight_H3), weight_H3)
         scores_YXYXH = y_YYH[:, None, :, None] + x_XXH[None, :, None, :]

@@ -35,7 +35,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import EVERY_MASK, Example, Pattern, Spec
 from attlas.ops.pairs import dense_mask
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import attention_weights, blank_padding
 
 PROJECTIONS = 4 * (16 * 16 + 16)
@@ -59,7 +59,7 @@ SPEC = Spec(
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """In float32 or better, whatever the precision around it."""
-    with torch.autocast(x.device.type, enabled=False):
+    with as_written(x):
         return F.linear(wide(x), wide(layer.weight), wide(layer.bias))
 
 

@@ -47,7 +47,7 @@ from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, EVERY_MASK, Example, Pattern, Spec
 from attlas.ops.pairs import dense_mask
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import repeat_heads
 
 SELF = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -310,7 +310,7 @@ class KArAt(CachedAttend):
             k_BGMD, v_BGME = (x.masked_fill(~keep[:, None, :, None], 0) for x in (k_BGMD, v_BGME))
         seen = call.mask.pairs(queries, keys, q_BHND.device)
         # A score that is off by a rounding of bfloat16 is another angle.
-        with torch.autocast(q_BHND.device.type, enabled=False):
+        with as_written(q_BHND):
             q, k, v = (wide(x) for x in (q_BHND, repeat_heads(k_BGMD, heads), repeat_heads(v_BGME, heads)))
             scores_BHNM = q @ k.mT * q.shape[-1] ** -0.5
             if call.mask.bias is not None:

@@ -34,7 +34,7 @@ from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import EVERY_MASK, Example, Pattern, Spec
 from attlas.ops.pairs import dense_mask
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import attention_weights
 
 SPEC = Spec(
@@ -74,7 +74,7 @@ class _Pool(nn.Module):
 
     def choose(self, x_BNC: Tensor, count: int, random: bool) -> tuple[Tensor, Tensor]:
         """Which groups every token chooses, bool (B, N, G), and 1 - cosine of the choices, (B, N, count)."""
-        with torch.autocast(x_BNC.device.type, enabled=False):  # a rounded cosine could choose another group
+        with as_written(x_BNC):  # a rounded cosine could choose another group
             cosine = F.normalize(wide(x_BNC), dim=-1) @ F.normalize(wide(self.keys), dim=-1).T
         which = (torch.rand_like(cosine) if random else cosine).topk(count).indices
         return torch.zeros_like(cosine, dtype=torch.bool).scatter(-1, which, True), 1 - cosine.gather(-1, which)
