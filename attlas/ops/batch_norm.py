@@ -26,6 +26,7 @@ class TokenBatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
@@ -33,6 +34,7 @@ class TokenBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x_BNC: Tensor, keep_BN: Tensor | None = None) -> Tensor:
         """Normalise; where there is padding the result is that of 0."""
@@ -49,6 +51,7 @@ class TokenBatchNorm(nn.Module):
         mean = x_BNC.sum((0, 1)) / count.clamp(min=1)
         variance = (real_BN1 * (x_BNC - mean).square()).sum((0, 1)) / count.clamp(min=1)
         with torch.no_grad():
+            self.num_batches_tracked += count > 0
             share = self.momentum * (count > 0)
             unbiased = variance * count / (count - 1).clamp(min=1)
             self.running_mean += (share * (mean - self.running_mean)).to(self.running_mean.dtype)

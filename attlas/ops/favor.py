@@ -2,7 +2,8 @@
 
     o_n = Σ_{m≤n} exp(b_m − B_n) (q_n · k_m) v_m,    B_n = max_{m≤n} b_m
 
-No exponent is above 0 and none looks ahead: a later b, however large, changes nothing before it.
+No exponent is above 0 and none looks ahead: later b, k and v, however large, change nothing before them as long as
+they are finite.
 
 B batch, H heads, N queries, M keys, R features, E value size, S chunks, C tokens of a chunk.
 """

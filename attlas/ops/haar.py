@@ -16,13 +16,14 @@ ROOT_HALF = math.sqrt(0.5)
 
 
 def dwt(x_ND: Tensor, levels: int) -> list[Tensor]:
-    """Details of level 1 to J and the last approximation, (..., P / 2^i, D) each.
+    """Details of level 1 to J and the last approximation, (..., ceil(N / 2^i), D) each.
 
-    P is the next multiple of 2^J: zeros follow the last token. Orthonormal: squares sum to those of x.
+    Zeros follow the last token, and what is made of them alone is left out. Orthonormal: squares sum to those of x.
     """
-    a = F.pad(x_ND, (0, 0, 0, -x_ND.shape[-2] % 2**levels))
+    a = x_ND
     details = []
     for _ in range(levels):
+        a = F.pad(a, (0, 0, 0, a.shape[-2] % 2))
         even, odd = a[..., 0::2, :], a[..., 1::2, :]
         details.append((even - odd) * ROOT_HALF)
         a = (even + odd) * ROOT_HALF
@@ -33,6 +34,7 @@ def idwt(coefficients: Sequence[Tensor], length: int) -> Tensor:
     """The first `length` tokens that `dwt` made these coefficients of, (..., length, D)."""
     *details, a = coefficients
     for d in reversed(details):
+        a = a[..., : d.shape[-2], :]
         a = torch.stack([a + d, a - d], -2).flatten(-3, -2) * ROOT_HALF
     return a[..., :length, :]
 
@@ -47,7 +49,7 @@ def causal_scales(x_ND: Tensor, levels: int) -> list[Tensor]:
     a = x_ND
     details = []
     for level in range(levels):
-        before = F.pad(a, (0, 0, 1 << level, 0))[..., : a.shape[-2], :]
+        before = F.pad(a, (0, 0, min(1 << level, a.shape[-2]), 0))[..., : a.shape[-2], :]
         smooth = (a + before) / 2
         details.append(a - smooth)
         a = smooth

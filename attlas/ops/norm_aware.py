@@ -25,6 +25,7 @@ from attlas.ops.grid_conv import convolution_flops, convolve_values, value_convo
 from attlas.ops.linear import feature_product, product_flops
 from attlas.ops.precision import wide
 from attlas.ops.rotary import relative_turn, rotate_axes
+from attlas.ops.softmax import blank_padding
 
 EPS = 1e-6
 SMALLEST_NORM = 1e-12
@@ -109,7 +110,9 @@ class NormAwareAttend(Attend):
         grid = call.grid
         if call.mask.causal:
             if grid.rank != 1:
-                raise BadInput(f"causal {self.spec.name} runs along one axis, got a {grid}")
+                raise BadInput(
+                    f"causal {self.spec.name} runs along one axis, got a {grid}: build and call it without grid="
+                )
             return None
         if q.shape[2] != k.shape[2]:
             raise BadInput(
@@ -123,10 +126,8 @@ class NormAwareAttend(Attend):
 
     def _features(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """2 D features of queries and of keys, and the values; 0 where there is padding."""
-        q, k, v = wide(q), wide(k), wide(v)
-        if keep is not None:
-            real = keep[:, None, :, None]
-            k, v = k.where(real, 0), v.where(real, 0)
+        q = wide(q)
+        k, v = blank_padding(keep, wide(k), wide(v))
         norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (q, k))
         direction, k_direction = q / norm.clamp(min=SMALLEST_NORM), k / k_norm.clamp(min=SMALLEST_NORM)
         reach, k_reach = direction.abs() ** self._exponent(norm), k.abs() ** self.key_power
@@ -152,8 +153,9 @@ class NormAwareAttend(Attend):
         """Every pair's weight from its agreements, turned by the difference of the places."""
         places = self._places(q_BHND, k_BHMD, call)
         queries, keys = q_BHND.shape[2], k_BHMD.shape[2]
-        q_norm, k_norm = (x.pow(2).sum(-1, keepdim=True).sqrt() for x in (q_BHND, k_BHMD))
-        q_BHN1D, k_BH1MD = (q_BHND / q_norm).unsqueeze(3), (k_BHMD / k_norm).unsqueeze(2)
+        q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (q_BHND, k_BHMD))
+        q_BHN1D = (q_BHND / q_norm.clamp(min=SMALLEST_NORM)).unsqueeze(3)
+        k_BH1MD = (k_BHMD / k_norm.clamp(min=SMALLEST_NORM)).unsqueeze(2)
         q_reach = q_BHN1D.abs() ** self._exponent(q_norm).unsqueeze(3)
         k_reach = k_BHMD.abs().unsqueeze(2) ** self.key_power
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from attlas.core.errors import BadInput, share
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
-from attlas.ops.linear import feature_product, product_flops
+from attlas.ops.linear import feature_product, product_flops, with_ones
 from attlas.ops.precision import wide
+from attlas.ops.softmax import blank_padding
 
 EPSILON = 1e-6
+MOST_LEVELS = 32
 
 
 class ScaleGatedAttend(Attend):
@@ -52,8 +54,11 @@ class ScaleGatedAttend(Attend):
         gate_dropout: float = 0.1,
     ) -> None:
         super().__init__(site, backend)
-        if levels < 1:
-            raise BadInput(f"levels of the wavelet transform are at least 1, got {levels}")
+        if not 1 <= levels <= MOST_LEVELS:
+            raise BadInput(
+                f"levels of the wavelet transform are 1 to {MOST_LEVELS}, beyond which no sequence fills a wavelet, "
+                f"got {levels}; log2 of the tokens, rounded up, sees them all"
+            )
         if features < 1:
             raise BadInput(f"features counts random features, at least 1, got {features}")
         if kernel < 1 or kernel % 2 == 0:
@@ -101,10 +106,12 @@ class ScaleGatedAttend(Attend):
         """
         return EPSILON * self.features * (F.softplus(wide(self.log_bandwidth)) + 0.1) ** 2
 
-    def _tokens(self, q: Tensor, k: Tensor, tokens: Tensor | None, keep: Tensor | None) -> Tensor:
-        name = self.spec.name
+    def _tokens(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None, keep: Tensor | None) -> Tensor:
+        name, size = self.spec.name, self.site.head_dim
         if q.shape[2] != k.shape[2]:
             raise BadInput(f"{name} takes as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+        if v.shape[3] != size:
+            raise BadInput(f"{name} was built for values of {size} features, which it norms, got {v.shape[3]}")
         if tokens is None:
             raise BadInput(f"{name} makes its gates from the tokens: pass tokens=, (batch, tokens, channels)")
         if tokens.shape != (q.shape[0], q.shape[2], self.site.dim):
@@ -113,7 +120,7 @@ class ScaleGatedAttend(Attend):
         return tokens if keep is None else tokens.where(keep.unsqueeze(-1), 0)
 
     def _activated(self, z_BHND: Tensor, keep: Tensor | None) -> Tensor:
-        z = z_BHND if keep is None else z_BHND.where(keep[:, None, :, None], 0)
+        (z,) = blank_padding(keep, z_BHND)
         return F.gelu(wide(z))
 
     def _product(
@@ -129,10 +136,8 @@ class ScaleGatedAttend(Attend):
         random_q, random_k = self._random()
         features_q = wide(q_BHND @ wide(random_q)).relu()
         features_k = wide(k_BHND @ wide(random_k)).relu()
-        values = F.pad(wide(v_BHND), (0, 1), value=1.0)
-        if keep is not None:
-            real = keep[:, None, :, None]
-            features_k, values = features_k.where(real, 0), values.where(real, 0)
+        (features_k,) = blank_padding(keep, features_k)
+        values = with_ones(v_BHND, keep)
         total, after = feature_product(features_q, features_k, values, sums, causal=causal, backend=self.backend)
         o = total[..., :-1] / (total[..., -1:] + self._floor())
         # Means of values lie close together, so that the norm would blow up what rounding does to them.
@@ -142,7 +147,7 @@ class ScaleGatedAttend(Attend):
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Gate, filter, multiply keys with values first."""
         keep = call.mask.keys
-        gates = self.gates(self._tokens(q_BHND, k_BHMD, call.tokens, keep))
+        gates = self.gates(self._tokens(q_BHND, k_BHMD, v_BHME, call.tokens, keep))
         q, k = (self.filtered(self._activated(z, keep), gates) for z in (q_BHND, k_BHMD))
         o, _ = self._product(q, k, v_BHME, keep)
         return o if keep is None else o.where(self._seeing(keep), 0)
@@ -155,7 +160,7 @@ class ScaleGatedAttend(Attend):
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Tap by tap, wavelet by wavelet, pair by pair."""
         tokens, keep = q_BHND.shape[2], call.mask.keys
-        x = self._tokens(q_BHND, k_BHMD, call.tokens, keep)
+        x = self._tokens(q_BHND, k_BHMD, v_BHME, call.tokens, keep)
         back, _ = self.borders()
         taps, bias = self.local.weight[:, 0], self.local.bias
         assert bias is not None
@@ -168,15 +173,13 @@ class ScaleGatedAttend(Attend):
         gates = (hidden @ self.gate_out.weight.T + self.gate_out.bias).sigmoid() * self.scale_weights
         features = []
         for z, random in zip((q_BHND, k_BHMD), self._random(), strict=True):
-            real = z if keep is None else z.where(keep[:, None, :, None], 0)
+            (real,) = blank_padding(keep, z)
             features.append((self.filtered_literally(F.gelu(real), gates) @ random).clamp(min=0))
         weights = features[0] @ features[1].mT
         seen = call.mask.pairs(tokens, tokens, weights.device)
-        values = v_BHME
         if seen is not None:
             weights = weights * seen
-        if keep is not None:
-            values = v_BHME.where(keep[:, None, :, None], 0)
+        (values,) = blank_padding(keep, v_BHME)
         o = self.norm(weights @ values / (weights.sum(-1, keepdim=True) + self._floor()))
         return o if seen is None else o * seen.any(-1, keepdim=True)
 

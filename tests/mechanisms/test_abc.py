@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attlas
-from attlas.core.errors import BadInput
+from attlas.core.errors import BackendUnavailable, BadInput
 from attlas.mechanisms.linear.abc import CHUNK
 
 DOUBLE = {"dtype": torch.float64}
@@ -107,6 +107,8 @@ def test_causal_cross_attention_reads_all_of_the_memory():
 
 
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(BackendUnavailable, match="'triton'"):
+        build(backend="triton")
     with pytest.raises(BadInput, match="slots"):
         build(slots=0)
     q, k, v = qkv(5, 5)

@@ -146,6 +146,14 @@ def test_padding_gives_zero_where_the_convolution_has_a_bias():
     assert not attend(*qkv(12), grid=(3, 4), mask=torch.zeros(1, 12, dtype=torch.bool)).any()
 
 
+def test_weights_are_dropped_in_training_alone():
+    attend = attlas.make_attend("agent", 2, 4, agents=4, weight_dropout=0.5, **PLAIN).double()
+    inputs = qkv(16)
+    whole = attlas.attend(*inputs, "agent", agents=4, grid=(4, 4), **PLAIN)
+    assert not torch.allclose(attend(*inputs, grid=(4, 4)), whole)
+    assert torch.allclose(attend.eval()(*inputs, grid=(4, 4)), whole)
+
+
 def test_cross_attention_keeps_the_bias_of_the_queries_alone():
     attend = randomised(attlas.make_attend("agent", 2, 4, grid=(3, 4), agents=4))
     attend(*qkv(12, keys=7), grid=(3, 4), cross=True).sum().backward()

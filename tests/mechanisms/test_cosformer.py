@@ -46,6 +46,39 @@ def test_a_noncausal_layer_without_a_length_takes_the_longer_sequence(queries, k
     assert not torch.allclose(got, build(length=40)(q, k, v, cross=True))
 
 
+@pytest.mark.parametrize("front", [0, 4])
+@pytest.mark.parametrize("length", [None, 5])
+def test_padding_does_not_stretch_the_cosine(front, length):
+    q, k, v = random_qkv(30)
+    keep = torch.zeros(2, 30, dtype=torch.bool)
+    keep[0, front : front + 9], keep[1, front : front + 14] = True, True
+    got = build(length=length)(q, k, v, mask=keep)
+    for b, tokens in enumerate((9, 14)):
+        real = slice(front, front + tokens)
+        alone = build(length=length)(*(x[b : b + 1, :, real] for x in (q, k, v)))
+        torch.testing.assert_close(got[b : b + 1, :, real], alone)
+    assert not got[:, :, 20:].any()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(8, 12), (12, 8)])
+def test_padding_does_not_stretch_the_cosine_where_lengths_differ(queries, keys):
+    q, k, v = random_qkv(queries, keys)
+    longer = [torch.nn.functional.pad(x, (0, 0, 0, 20)) for x in (q, k, v)]
+    real_q, real_k = ((torch.arange(n + 20) < n).expand(2, -1) for n in (queries, keys))
+    mask = attlas.Mask(keys=real_k, queries=real_q)
+    got = build()(*longer, mask=mask, cross=True)[:, :, :queries]
+    torch.testing.assert_close(got, build()(q, k, v, cross=True))
+    only_keys = build()(q, *longer[1:], mask=attlas.Mask(keys=real_k), cross=True)
+    torch.testing.assert_close(only_keys, build()(q, k, v, cross=True))
+
+
+def test_padding_does_not_stretch_the_cosine_for_the_last_positions():
+    q, k, v = random_qkv(30)
+    keep = (torch.arange(30) < 12).expand(2, -1)
+    whole = build()(q, k, v, mask=keep)
+    torch.testing.assert_close(build()(q[:, :, 3:], k, v, mask=keep), whole[:, :, 3:])
+
+
 def test_both_sequences_of_cross_attention_count_from_their_start():
     _, _, v = random_qkv(4, 8)
     ones_q, ones_k = torch.ones(2, 3, 4, 16).double(), torch.ones(2, 3, 8, 16).double()

@@ -51,6 +51,14 @@ def test_sharing_over_keys_and_values_and_over_layers():
     assert sum(p.numel() for p in stack.parameters()) == 5 * 12
 
 
+def test_weights_are_dropped_in_training_alone():
+    layer, inputs = build(12, 5, weight_dropout=0.5), qkv(12)
+    dropped, whole = layer(*inputs), layer.eval()(*inputs)
+    assert not torch.allclose(dropped, whole)
+    layer.weight_dropout = 0.0
+    assert torch.equal(whole, layer.train()(*inputs))
+
+
 def test_the_paper_takes_256_slots():
     layer = attlas.mixer("linformer", 64, 4, length=1024)
     assert layer.attend.projections.keys.shape == (256, 1024)

@@ -47,6 +47,12 @@ def test_the_formula_is_exact_where_tokens_come_in_equal_runs():
     assert not torch.allclose(plain(5, iterations=1)(*often), exact, atol=1e-2)
 
 
+def test_the_paper_iterates_six_times():
+    inputs = qkv(20)
+    assert torch.equal(plain(6)(*inputs), plain(6, iterations=6)(*inputs))
+    assert not torch.allclose(plain(6)(*inputs), plain(6, iterations=5)(*inputs))
+
+
 def test_more_landmarks_come_closer():
     torch.manual_seed(0)
     walk = torch.randn(2, 3, 128, 8, **DOUBLE).cumsum(2) * 0.2  # neighbours are alike, as in text and pictures

@@ -82,6 +82,7 @@ def test_a_large_key_to_come_moves_no_bit(dtype):
     q, k, v = random_qkv(60, dtype=dtype)
     first = layer(q, k, v)
     k[:, :, 40:] = 30 * layer.projection[0] / layer.projection[0].norm()
+    k[:, :, 50:] = 1e18  # |k|² is as large as float32 knows
     v[:, :, 40:] = 1e8
     second = layer(q, k, v)
     assert torch.equal(second[:, :, :40], first[:, :, :40])
@@ -128,6 +129,13 @@ def test_new_features_are_drawn_and_saved():
     assert torch.equal(layer(*qkv), second)
     layer.load_state_dict(saved)
     assert torch.equal(layer(*qkv), first)
+
+
+def test_by_default_every_feature_has_a_millionth_of_the_largest():
+    layer, (q, k, v) = build(), random_qkv(20, scale=3.0)
+    assert layer.features == 256
+    torch.testing.assert_close(layer(q, k, v), build(features=256, eps=1e-6)(q, k, v), rtol=0, atol=0)
+    assert not torch.allclose(layer(q, k, v), build(features=256, eps=2e-6)(q, k, v), rtol=0, atol=1e-9)
 
 
 def test_what_has_no_meaning_is_refused():

@@ -124,6 +124,24 @@ def test_the_state_has_the_same_size_after_any_number_of_tokens():
 
 
 @pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_levels_beyond_the_tokens_cost_nothing(name, causal):
+    attend = build(name, causal, features=16, levels=32)
+    q, k, v, x = inputs(10)
+    fast = attend(q, k, v, tokens=x)
+    attend.backend = "oracle"
+    assert torch.allclose(fast, attend(q, k, v, tokens=x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_gates_start_at_half_and_drop_hidden_units_in_training_alone(name, causal):
+    attend, x = build(name, causal, gate_dropout=0.5), torch.randn(2, 9, 16, dtype=torch.float64)
+    assert attend.scale_weights.tolist() == [0.5] * 3
+    whole = attend.gates(x)
+    assert torch.equal(attend.gates(x), whole)
+    assert not torch.allclose(attend.train().gates(x), whole)
+
+
+@pytest.mark.parametrize(("name", "causal"), BOTH)
 def test_flops_grow_with_the_tokens(name, causal):
     layer = attlas.mixer(name, dim=16, heads=2, causal=causal)
     assert layer.cost(1, 2**14).flops == 2 * layer.cost(1, 2**13).flops
@@ -152,7 +170,7 @@ def test_the_coarse_scale_opens_for_a_trend_under_noise(name, causal):
 
 @pytest.mark.parametrize(("name", "causal"), BOTH)
 def test_what_has_no_meaning_is_refused(name, causal):
-    for settings in ({"levels": 0}, {"features": 0}, {"kernel": 4}, {"gate_dropout": 1.0}):
+    for settings in ({"levels": 0}, {"levels": 33}, {"features": 0}, {"kernel": 4}, {"gate_dropout": 1.0}):
         with pytest.raises(BadInput, match=next(iter(settings))):
             build(name, causal, **settings)
     attend = build(name, causal)
@@ -161,6 +179,8 @@ def test_what_has_no_meaning_is_refused(name, causal):
         attend(q, k, v)
     with pytest.raises(BadInput, match=r"\(2, 4, 16\) here, got \(2, 3, 16\)"):
         attend(q, k, v, tokens=x[:, :3])
+    with pytest.raises(BadInput, match="values of 8 features, which it norms, got 5"):
+        attend(q, k, v[..., :5], tokens=x)
 
 
 def test_the_causal_form_takes_as_many_queries_as_keys():

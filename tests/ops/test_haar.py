@@ -11,8 +11,15 @@ def test_the_transform_is_orthonormal_at_any_length(tokens, levels):
     coefficients = dwt(x, levels)
     assert torch.allclose(idwt(coefficients, tokens), x, rtol=0, atol=1e-12)
     assert sum(float(c.square().sum()) for c in coefficients) == pytest.approx(float(x.square().sum()), rel=1e-12)
-    padded = -(-tokens // 2**levels) * 2**levels
-    assert [c.shape[-2] for c in coefficients] == [padded >> i for i in range(1, levels + 1)] + [padded >> levels]
+    assert [c.shape[-2] for c in coefficients] == [-(-tokens // 2**i) for i in (*range(1, levels + 1), levels)]
+
+
+def test_levels_beyond_the_tokens_cost_one_coefficient_each():
+    x = torch.randn(10, 4, dtype=torch.float64)
+    coefficients = dwt(x, 40)
+    assert [c.shape[0] for c in coefficients] == [5, 3, 2] + [1] * 38
+    assert torch.allclose(idwt(coefficients, 10), x, rtol=0, atol=1e-12)
+    assert torch.allclose(sum(causal_scales(x, 40)), x, rtol=0, atol=1e-12)
 
 
 def test_a_step_between_two_pairs_is_seen_from_the_second_level_on():

@@ -13,7 +13,9 @@ of each slot, with log Z as its score. Causal cross-attention reads slots of the
 
 q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), w (D, S), u (E, S). Padding is written nowhere; who sees nothing gets 0.
 
-Time O((N + M) S D), in a causal layer O(N (S + C) D); the state is S (D + E + 2) numbers per head, in float32 at least.
+Time O((N + M) S D), in a causal layer O(N ((S + C) D + C S)): each pair of a chunk has a share in every slot, and
+training keeps them all, O(N C S) numbers per head with C = 32. A product of two exponentials instead of a share would
+overflow where the scores of a chunk lie far apart. The state is S (D + E + 2) numbers per head, in float32 at least.
 
 Source: Peng et al., "ABC: Attention with Bounded-Memory Control", 2022 (arXiv:2110.02488), where one control made of
 the token's input serves keys and values. Controls made of keys and of values are those of Shark-NLP/CAB, by authors of
@@ -26,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attlas.core.errors import BadInput
+from attlas.core.errors import BackendUnavailable, BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 from attlas.ops.scan import NEVER
+from attlas.ops.softmax import blank_padding
 
 CHUNK = 32
 
@@ -112,6 +115,8 @@ class ABC(Attend):
 
     def __init__(self, site: Site, backend: str = "auto", *, slots: int = 16) -> None:
         super().__init__(site, backend)
+        if backend not in ("auto", "torch", "oracle"):
+            raise BackendUnavailable(f"abc runs on auto, torch or oracle, not on backend {backend!r}")
         if slots < 1:
             raise BadInput(f"slots must be at least 1, got {slots}")
         self.slots = slots
@@ -125,7 +130,7 @@ class ABC(Attend):
         causal = call.mask.causal
         if causal and queries > keys:
             raise BadInput(f"queries are the last of the keys' positions, got {queries} queries and {keys} keys")
-        with torch.autocast(q_BHND.device.type, enabled=False):  # a rounded control is another distribution
+        with as_written(q_BHND):  # a rounded control is another distribution
             k, v, k_scores, v_scores = self._controlled(k_BHMD, v_BHME, call.mask.keys)
             before = keys - queries if causal else keys
             state = self._empty(q_BHND, v.shape[3])
@@ -144,12 +149,12 @@ class ABC(Attend):
         """Keys, values and their scores in every slot; padding is 0 with the score `NEVER`."""
         if v.shape[3] != self.values.shape[0]:
             raise BadInput(f"the control was built for values of {self.values.shape[0]} features, got {v.shape[3]}")
-        k, v = wide(k), wide(v)
-        if keep is None:
-            return k, v, k @ wide(self.keys), v @ wide(self.values)
-        real = keep[:, None, :, None]
-        k, v = k.where(real, 0), v.where(real, 0)
-        return k, v, (k @ wide(self.keys)).where(real, NEVER), (v @ wide(self.values)).where(real, NEVER)
+        k, v = blank_padding(keep, wide(k), wide(v))
+        k_scores, v_scores = k @ wide(self.keys), v @ wide(self.values)
+        if keep is not None:
+            real = keep[:, None, :, None]
+            k_scores, v_scores = k_scores.where(real, NEVER), v_scores.where(real, NEVER)
+        return k, v, k_scores, v_scores
 
     def _causal(
         self, q_BHND: Tensor, k: Tensor, v: Tensor, k_scores: Tensor, v_scores: Tensor, state: ABCState
@@ -223,5 +228,5 @@ class ABC(Attend):
         self, q: Tensor, k: Tensor, v: Tensor, state: ABCState, keep: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor, ABCState]:
         """The causal form, from the slots before the segment."""
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             return self._causal(q, *self._controlled(k, v, keep), state)

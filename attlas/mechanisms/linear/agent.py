@@ -13,7 +13,9 @@ that the layer is trained on and are resized linearly for another one. DWC is a 
 q (B, H, N, D), k and v (B, H, M, D). Prefix tokens attend and are attended to, but enter neither the agents
 nor the convolution. In cross-attention keys lie on no grid that we know, so B₁ and DWC are left out. Padding
 has no weight as a key, no share in an agent's mean, is 0 to the convolution and gets nothing from it; an
-agent with only padding in its cell is seen by nobody. So a sequence of padding alone gives 0.
+agent with only padding in its cell is seen by nobody. So a sequence of padding alone gives 0. But cells and
+biases lie on the grid as it is called, padding included: how far a sequence is padded moves the borders of its
+cells, and with them its result. Pad to one grid in training and after it.
 
 With `reduction` r, as in PVT, keys and values lie on a grid r times coarser that the shell around makes (see
 `attlas.blocks.spatial_reduction`): B₁ is over that grid, and values are stretched linearly to the queries' before
@@ -38,6 +40,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
+from attlas.ops.grid_conv import convolution_flops, convolve_values, value_convolution
 from attlas.ops.softmax import attention_weights, softmax_attention
 
 SELF = frozenset({Pattern.NONCAUSAL_SELF})
@@ -168,11 +171,7 @@ class Agent(Attend):
             )
         self.key_places = _Places(site.heads, agents, table, self._key_grid(grid)) if grid and table else None
         self.query_places = _Places(site.heads, agents, table, grid) if grid and table else None
-        self.convolution: nn.Module | None = None
-        if grid and kernel:
-            width = site.heads * site.head_dim
-            conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[grid.rank - 1]
-            self.convolution = conv(width, width, kernel, padding=kernel // 2, groups=width)
+        self.convolution = value_convolution(site, kernel if grid else 0, self.spec.name)
 
     def _cells(self, grid: Grid) -> Grid:
         """The coarse grid whose cells the agents are."""
@@ -197,15 +196,16 @@ class Agent(Attend):
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Pool, gather, read, convolve."""
-        self._check_call(q_BHND, k_BHMD, v_BHMD, call)
+        self._check_call(q_BHND, k_BHMD, call)
         agents_BHAD, live_BA = self._pool(q_BHND, call)
         gather_bias, read_bias = self._biases(call)
         gathered_BHAD = self._attend(agents_BHAD, k_BHMD, v_BHMD, Mask(keys=call.mask.keys, bias=gather_bias))
         o_BHND = self._attend(q_BHND, agents_BHAD, gathered_BHAD, Mask(keys=live_BA, bias=read_bias))
-        local = self.convolution is not None and not call.cross
-        return o_BHND + self._convolve(v_BHMD, call) if local else o_BHND
+        if self.convolution is None or call.cross:
+            return o_BHND
+        return o_BHND + self._local(v_BHMD, call, "auto")
 
-    def _check_call(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    def _check_call(self, q: Tensor, k: Tensor, call: Call) -> None:
         trained, grid = self.site.grid, call.grid
         if not call.cross and k.shape[2] != self._key_grid(grid).tokens:
             raise BadInput(
@@ -220,8 +220,6 @@ class Agent(Attend):
                 f"this layer was built for a {trained} and called on a {grid}: axes and prefix tokens "
                 "must be as many, only lengths may differ"
             )
-        if self.convolution is not None and v.shape[3] != self.site.head_dim:
-            raise BadInput(f"the convolution was built for values of {self.site.head_dim} features, got {v.shape[3]}")
 
     def _reduced(self) -> str:
         return "" if self.reduction == 1 else f", the keys' {self.reduction} times coarser on each axis"
@@ -251,33 +249,20 @@ class Agent(Attend):
         dropout = self.weight_dropout if self.training else 0.0
         return softmax_attention(q, k, v, mask, scale=self.scale, dropout=dropout, backend=self.backend)
 
-    def _convolve(self, v_BHND: Tensor, call: Call) -> Tensor:
-        """DWC(v), 0 for prefix tokens."""
-        v_BCS, real_B1S = self._stretched(v_BHND, call.grid), None
-        if call.mask.keys is not None:
-            real_B1S = _map(call.mask.keys[:, None, :, None], call.grid)
-            v_BCS = v_BCS.where(real_B1S, 0)
-        if call.grid.rank == 3:
-            # oneDNN's weight gradient of a channels-last depthwise bfloat16 Conv3d of depth 2 is wrong.
-            v_BCS = v_BCS.contiguous()
+    def _local(self, v_BHMD: Tensor, call: Call, backend: str) -> Tensor:
+        """DWC of the values, stretched to the queries' grid."""
         assert self.convolution is not None
-        local_BCS = self.convolution(v_BCS)
-        if real_B1S is not None:
-            local_BCS = local_BCS.where(real_B1S, 0)
-        return F.pad(_tokens(local_BCS, v_BHND.shape[1]), (0, 0, call.grid.prefix, 0))
-
-    def _stretched(self, v_BHMD: Tensor, grid: Grid) -> Tensor:
-        """The values as a picture on the queries' grid."""
-        v_BCS = _map(v_BHMD, self._key_grid(grid))
-        return v_BCS if self.reduction == 1 else _resize(v_BCS, grid.shape)
+        if self.reduction > 1:
+            v_BCS = _map(v_BHMD, self._key_grid(call.grid))
+            v_BHMD = _tokens(_resize(v_BCS, call.grid.shape), v_BHMD.shape[1])
+        return convolve_values(self.convolution, v_BHMD, call.grid, call.mask.keys, backend)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Cells by their borders, the two attentions as one N x M matrix, the convolution tap by tap."""
-        self._check_call(q_BHND, k_BHMD, v_BHMD, call)
+        self._check_call(q_BHND, k_BHMD, call)
         grid = call.grid
         all_BN = q_BHND.new_ones(q_BHND.shape[0], grid.tokens, dtype=torch.bool)
         queries_BN = all_BN if call.mask.queries is None else call.mask.queries
-        keys_BN = all_BN if call.mask.keys is None else call.mask.keys
         places_SR = grid.places(q_BHND.device)
         length_R, cells = places_SR.new_tensor(grid.shape), self._cells(grid)
         cells_AR, side = cells.places(q_BHND.device), cells.shape[0]
@@ -296,16 +281,7 @@ class Agent(Attend):
         o_BHND = (read_BHNA @ gather_BHAM) @ v_BHMD
         if self.convolution is None or call.cross:
             return o_BHND
-
-        weight, bias = self.convolution.parameters()
-        tap_SSR = places_SR - places_SR[:, None] + self.kernel // 2
-        near_SS = ((tap_SSR >= 0) & (tap_SSR < self.kernel)).all(-1)
-        stride_R = places_SR.new_tensor([self.kernel**axis for axis in reversed(range(grid.rank))])
-        taps_CSS = weight.flatten(1)[:, (tap_SSR * stride_R).sum(-1) * near_SS] * near_SS
-        real_B1S = keys_BN[:, None, grid.prefix :]
-        v_BCS = self._stretched(v_BHMD, grid).flatten(2) * real_B1S
-        local_BCS = torch.einsum("cnm,bcm->bcn", taps_CSS, v_BCS) + bias[:, None]
-        return o_BHND + F.pad(_tokens(local_BCS * real_B1S, v_BHMD.shape[1]), (0, 0, grid.prefix, 0))
+        return o_BHND + self._local(v_BHMD, call, "oracle")
 
     def count(self, sizes: Sizes) -> Cost:
         """Both attentions, and the taps that fall on the grid; the torch backend also multiplies the rest."""
@@ -314,9 +290,6 @@ class Agent(Attend):
         pairs = sizes.batch * heads * sizes.queries * sizes.keys
         if self.convolution is None or sizes.cross:
             return Cost(flops, flops, pairs)
-        reach, multiplied, on_grid = self.kernel // 2, 1, 1
-        for length in grid.shape:
-            multiplied *= length * self.kernel
-            on_grid *= sum(min(n + reach, length - 1) - max(n - reach, 0) + 1 for n in range(length))
-        per_tap = 2 * sizes.batch * heads * size
-        return Cost(flops + per_tap * on_grid, flops + per_tap * multiplied, pairs)
+        on_grid, multiplied = convolution_flops(grid, self.kernel)
+        channels = sizes.batch * heads * size
+        return Cost(flops + channels * on_grid, flops + channels * multiplied, pairs)

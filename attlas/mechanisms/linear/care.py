@@ -34,6 +34,7 @@ from attlas.ops.elu import elu_plus_one
 from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution
 from attlas.ops.linear import feature_product, product_flops
 from attlas.ops.precision import wide
+from attlas.ops.softmax import blank_padding
 
 EPS = 1e-6
 
@@ -141,11 +142,9 @@ class CARE(Mixer):
             z.unflatten(-1, (self.site.heads, -1)).transpose(1, 2)
             for z in (*self.qk_proj(a_BNG).split(self.group, -1), a_BNG)
         )
-        q, k, v = elu_plus_one(q), elu_plus_one(k), wide(v)
-        count: Tensor | int = k.shape[2]
-        if keep is not None:
-            k = k.where(keep[:, None, :, None], 0)
-            count = keep.sum(1)[:, None, None, None].clamp(min=1)
+        q, v = elu_plus_one(q), wide(v)
+        (k,) = blank_padding(keep, elu_plus_one(k))
+        count = k.shape[2] if keep is None else keep.sum(1)[:, None, None, None].clamp(min=1)
         total = (q * (k.sum(2, keepdim=True) / count)).sum(-1, keepdim=True) + EPS
         o, _ = feature_product(q, k, v / count, backend=self.backend)
         return (o / total).transpose(1, 2).flatten(2).to(a_BNG.dtype)

@@ -14,8 +14,8 @@ Time O((N + M) D E), memory O(N D); the state is 2 D (E + 1) numbers per head, i
 
 Source: Qin et al., "cosFormer: Rethinking Softmax in Attention", 2022 (arXiv:2202.08791), official code
 OpenNLPLab/cosFormer, which takes the longer of the two sequences for M. So does a noncausal layer here, where that is
-more than the length that the layer is built for; a causal layer has to know its length, or its outputs would depend
-on how many tokens follow.
+more than the length that the layer is built for, each sequence of a batch from its first to its last real token; a
+causal layer has to know its length, or its outputs would depend on how many tokens follow.
 """
 
 import math
@@ -30,7 +30,7 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
-from attlas.ops.linear import feature_product, product_flops
+from attlas.ops.linear import feature_product, product_flops, with_ones
 from attlas.ops.precision import wide
 from attlas.ops.softmax import blank_padding
 
@@ -63,7 +63,8 @@ class Cosformer(Attend):
     """Linear attention with ReLU features and cosine reweighting.
 
     Args:
-        site: where it is installed; its length is M, or the longer of both sequences of a noncausal or cross call.
+        site: where it is installed; its length is M, or the longer of both sequences of a noncausal or cross call,
+            padding at the ends left out.
         backend: of `feature_product`.
         eps: the least sum of weights.
     """
@@ -78,23 +79,34 @@ class Cosformer(Attend):
 
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Multiply keys with values first."""
-        first, length = self._places(q_BHND.shape[2], k_BHMD.shape[2], call.cross)
-        q = _features(q_BHND, first, length)
-        k, v = blank_padding(call.mask.keys, k_BHMD, v_BHME)
-        k = _features(k, 0, length)
-        o, _ = feature_product(q, k, _with_ones(v, call.mask.keys), causal=call.mask.causal, backend=self.backend)
+        first, length = self._places(q_BHND, k_BHMD, call)
+        (q,) = blank_padding(call.mask.queries, q_BHND)  # may lie farther than M, where weights are negative
+        q = _features(q, first, length)
+        (k,) = blank_padding(call.mask.keys, k_BHMD)
+        k, v = _features(k, 0, length), with_ones(v_BHME, call.mask.keys)
+        o, _ = feature_product(q, k, v, causal=call.mask.causal, backend=self.backend)
         return self._ratio(o).to(q_BHND.dtype)
 
-    def _places(self, queries: int, keys: int, cross: bool) -> tuple[int, int]:
-        """The position of the first query, and M."""
+    def _places(self, q: Tensor, k: Tensor, call: Call) -> tuple[int, int | Tensor]:
+        """The position of the first query, and M, which padding makes one for each sequence, (B, 1, 1, 1)."""
+        queries, keys, mask = q.shape[2], k.shape[2], call.mask
+        length = self._length(queries if call.cross else max(queries, keys))
+        first = 0 if call.cross else keys - queries
+        if mask.causal or (mask.queries is None and mask.keys is None):
+            return first, max(length, queries, keys)
+        (q_begin, q_end), (k_begin, k_end) = _ends(q, mask.queries), _ends(k, mask.keys)
+        reach = torch.maximum(q_end + first, k_end) - torch.minimum(q_begin + first, k_begin)
+        return first, reach.clamp(min=length)[:, None, None, None]
+
+    def _length(self, reached: int) -> int:
+        """The length that the layer is built for."""
         length = self.site.length or 0
-        reached = queries if cross else max(queries, keys)
         if self.site.causal and reached > length:
             raise BadInput(
                 f"causal cosformer is built for {length} tokens, the sequence reaches {reached}; "
                 f"build it with length={reached} or more"
             )
-        return 0 if cross else keys - queries, max(length, queries, keys, 1)
+        return max(length, 1)
 
     def _ratio(self, o_BHNE1: Tensor) -> Tensor:
         return o_BHNE1[..., :-1] / o_BHNE1[..., -1:].clamp(min=self.eps)
@@ -102,11 +114,11 @@ class Cosformer(Attend):
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Every pair's weight with the cosine of its distance, normalised over the visible keys."""
         queries, keys = q_BHND.shape[2], k_BHMD.shape[2]
-        first, length = self._places(queries, keys, call.cross)
-        nearness_NM = q_BHND.new_tensor(
-            [[math.cos(math.pi / 2 * (first + n - m) / length) for m in range(keys)] for n in range(queries)]
-        )
-        weights = torch.einsum("bhnd,bhmd->bhnm", q_BHND.clamp(min=0), k_BHMD.clamp(min=0)) * nearness_NM
+        first, length = self._places(q_BHND, k_BHMD, call)
+        distance_NM = q_BHND.new_tensor([[first + n - m for m in range(keys)] for n in range(queries)])
+        (q,) = blank_padding(call.mask.queries, q_BHND)
+        weights = torch.einsum("bhnd,bhmd->bhnm", q.clamp(min=0), k_BHMD.clamp(min=0))
+        weights = weights * (math.pi / 2 * distance_NM / length).cos()
         seen = call.mask.pairs(queries, keys, weights.device)
         if seen is not None:
             weights = weights * seen
@@ -131,22 +143,22 @@ class Cosformer(Attend):
     ) -> tuple[Tensor, CosformerState]:
         """The causal form, from the sums before the segment and at its position."""
         reached = state.tokens + k.shape[2]
-        _, length = self._places(q.shape[2], reached, False)
-        k, v = blank_padding(keep, k, v)
+        length = self._length(reached)
+        (k,) = blank_padding(keep, k)
         features = (_features(x, state.tokens, length) for x in (q, k))
-        o, sums = feature_product(*features, _with_ones(v, keep), state.sums, causal=True, backend=self.backend)
+        o, sums = feature_product(*features, with_ones(v, keep), state.sums, causal=True, backend=self.backend)
         return self._ratio(o).to(q.dtype), CosformerState(sums, reached)
 
 
-def _features(x_BHND: Tensor, first: int, length: int) -> Tensor:
+def _ends(x_BHND: Tensor, keep_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The position of the first real token and that behind the last, (B,); (1,) where all are real."""
+    keep = x_BHND.new_ones(1, x_BHND.shape[2], dtype=torch.bool) if keep_BN is None else keep_BN
+    return (keep.cumsum(1) == 0).sum(1), keep.shape[1] - (keep.flip(1).cumsum(1) == 0).sum(1)
+
+
+def _features(x_BHND: Tensor, first: int, length: int | Tensor) -> Tensor:
     """relu(x) times the cosine and times the sine of its place, (B, H, N, 2 D)."""
     x = F.relu(wide(x_BHND))
     place_N1 = torch.arange(first, first + x.shape[2], device=x.device, dtype=x.dtype).unsqueeze(-1)
-    angle_N1 = place_N1 * (math.pi / 2 / length)
-    return torch.cat([x * angle_N1.cos(), x * angle_N1.sin()], -1)
-
-
-def _with_ones(v_BHME: Tensor, keep_BM: Tensor | None) -> Tensor:
-    """The values with a 1 behind each real one: its sums are the denominators."""
-    v = F.pad(wide(v_BHME), (0, 1), value=1.0)
-    return v if keep_BM is None else v.where(keep_BM[:, None, :, None], 0)
+    angle = place_N1 * (math.pi / 2) / length
+    return torch.cat([x * angle.cos(), x * angle.sin()], -1)

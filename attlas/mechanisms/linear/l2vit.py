@@ -20,7 +20,6 @@ ChuanyangZheng/L2ViT. The causal form and cross-attention are ours.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
@@ -28,8 +27,9 @@ from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
-from attlas.ops.linear import feature_product, product_flops
+from attlas.ops.linear import feature_product, product_flops, with_ones
 from attlas.ops.precision import wide
+from attlas.ops.softmax import blank_padding
 
 SPEC = Spec(
     name="l2vit",
@@ -77,10 +77,8 @@ class L2ViT(Attend):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: L2ViTState | None
     ) -> tuple[Tensor, L2ViTState]:
-        keys, values = wide(k).relu(), F.pad(wide(v), (0, 1), value=1.0)  # the sums of the ones are denominators
-        if mask.keys is not None:
-            real = mask.keys[:, None, :, None]
-            keys, values = keys.where(real, 0), values.where(real, 0)
+        (keys,) = blank_padding(mask.keys, wide(k).relu())
+        values = with_ones(v, mask.keys)
         before = None if state is None else state.sums
         o, sums = feature_product(wide(q).relu(), keys, values, before, causal=mask.causal, backend=self.backend)
         o = self.temperature * o[..., :-1] / o[..., -1:].clamp(min=self.floor)

@@ -33,7 +33,7 @@ SPEC = Spec(
     title="NaLaFormer: Norm-Aware Linear Attention for Transformer Models",
     year=2025,
     paper="arXiv:2506.21137",
-    equation="o = Rφ(q) Σ Rφ(k) vᵀ / φ(q) Σ φ(k) + LePE(v),  φ(q) = |d|^p(‖q‖) [cos d, sin d]",
+    equation="o = Rφ(q) Σ Rφ(k) vᵀ / φ(q) Σ φ(k) + LePE(v),  φ(q) = |d|^p(‖q‖) [cos πd/4, sin πd/4]",
     complexity="O(N D²) time, O(D²) state",
     patterns=ALL_PATTERNS,
     streams=True,

@@ -1,7 +1,7 @@
 """Kernel attention with relative positions: the exponential of a bias is a Toeplitz matrix, which a transform applies.
 
     o_i = Σ_j c_{j−i} φ(q_i)·φ(k_j) v_j / Σ_j c_{j−i} φ(q_i)·φ(k_j),    c_t = exp(b_t),
-    φ(x)_r = exp(w_r · x̂ − 1/2) / √R,    x̂ = x / |x|,    w_r ~ N(0, I)
+    φ(x)_r = exp(w_r · x̂ − |x̂|²/2) / √R,    x̂ = x / |x|, or 0 for 0,    w_r ~ N(0, I)
 
 This estimates softmax attention of unit queries and keys with b_{j−i} added to the scores; the bias itself is exact.
 Linear attention cannot take a bias into its features, but all sums Σ_j c_{j−i} φ(k_j)_r v_j are products with one
@@ -9,18 +9,24 @@ Toeplitz matrix, O(N log N) by Fourier transforms (`attlas.ops.toeplitz`), numer
 norms are what makes it train: the features needed for an error grow as exp(|q|² + |k|²), and the contrast that
 q̂ · k̂ lacks is given back by the positions.
 
-b is learned from 0, per head: 2 L − 1 numbers, or (2 H − 1)(2 W − 1) on a grid. A causal layer sets c_t = 0 for t > 0,
-on a grid for all that follows row by row. The largest b in use is subtracted first, which cancels. Exponents of
-features are bounded by |w_r| as queries and keys have norm 1, so no maximum over the keys is subtracted, none looks
-ahead. Totals below the rounding of 1 count as that. Prefix tokens have no position: b = 0 to and from them (ours).
+b is learned from 0, per head: 2 L − 1 numbers, or (2 H − 1)(2 W − 1) on a grid. A causal layer has c_t = 0 for t > 0,
+on a grid for all that follows row by row. The largest b in use is subtracted first, which cancels; where all that a
+query sees lies some 100 below it, in float32 it sees nothing. Exponents of features are bounded by |w_r| as queries
+and keys have norm 1, so no maximum over the keys is subtracted, none looks ahead. Prefix tokens have no position:
+b = 0 to and from them (ours).
 
 q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), w (R, D), orthogonal in blocks of D and kept with the weights; `redraw`
-draws anew. A query that sees nothing gives 0. Transforms, which take over at some thousand tokens, round relative to
-the largest sum: of 4096 tokens in float32 outputs keep seven digits, but the first ones of a causal layer, sums of
-a few keys, only four, and by as little they depend on what follows. The dense product has no part in that.
+draws anew. A query that sees nothing gives 0.
 
-Time O(N log N R E), memory O(N (R + E)), some features being transformed at a time. A stream on one axis keeps the
-features and values of all tokens, R + E + 1 numbers per token and head: there is no smaller state for any b.
+Transforms take over at some thousand tokens. They round relative to the largest sum of a head: seven digits where
+all sums are about as large, in float32 none where b sets them apart by 16, and smaller totals than that count as the
+rounding of 1. A causal layer transforms only what lies before a query, between halves of the sequence: what follows
+it, as long as it is finite, changes no bit of its output, and the error is relative to the sums of its half. The
+dense product, backend "torch", is exact for any b.
+
+Time O(N log N R E), O(N log² N R E) in a causal layer, memory O(N (R + E)), some features being transformed at a time.
+A stream on one axis keeps the features and values of all tokens, R + E + 1 numbers per token and head: there is no
+smaller state for any b.
 
 Source: Luo et al., "Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding", 2021
 (arXiv:2106.12566). A reconstruction: no official code was found, the number of features is ours.
@@ -37,6 +43,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.core.state import KVCache
+from attlas.ops.linear import with_ones
 from attlas.ops.precision import wide
 from attlas.ops.random_features import exponents, orthogonal_gaussian
 from attlas.ops.softmax import blank_padding
@@ -48,7 +55,7 @@ SPEC = Spec(
     year=2021,
     paper="arXiv:2106.12566",
     equation="o_i = φ(q_i) Σ_j exp(b_{j−i}) φ(k_j) v_jᵀ / φ(q_i) Σ_j exp(b_{j−i}) φ(k_j),  φ(x) = exp(W x/|x|)",
-    complexity="O(N log N R D) time, O(N (R + D)) state, R random features",
+    complexity="O(N log N R D) time, log² N if causal, O(N (R + D)) state, R random features",
     patterns=frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF}),
     grids=(1, 2),
     streams=True,
@@ -98,7 +105,7 @@ class NPRF(Attend):
         q, (k, v) = self._map(q_BHND), self._keys(k_BHMD, v_BHME, keep)
         c_HT, prefix_H11 = self._factors(grid)
         (q_first, q_last), (k_first, k_last), (v_first, v_last) = (_split(x, grid.prefix) for x in (q, k, v))
-        o = toeplitz_attention(q_last, k_last, v_last, c_HT, backend=self.backend)
+        o, rounding = self._sums(q_last, k_last, v_last, c_HT)
         if grid.prefix:
             gathered = k_first.mT @ v_first
             if call.mask.causal:
@@ -106,11 +113,14 @@ class NPRF(Attend):
             else:
                 first = q_first @ (gathered + k_last.mT @ v_last)
             o = torch.cat([first * prefix_H11, o + q_last @ gathered * prefix_H11], 2)
-        o = _ratio(o.to(v.dtype))
-        if keep is not None:  # transforms leave some rounding where the sum is empty
-            seen = keep.cumsum(1)[:, -o.shape[2] :] if call.mask.causal else keep.sum(1, keepdim=True)
-            o = o.where(seen[:, None, :, None] > 0, 0)
-        return o.to(q_BHND.dtype)
+        return _ratio(o.to(v.dtype), rounding).to(q_BHND.dtype)
+
+    def _sums(self, q: Tensor, k: Tensor, v: Tensor, c_HT: Tensor) -> tuple[Tensor, float]:
+        """Numerators and denominators, and what these are above if transforms have not rounded them away."""
+        causal = self.site.causal
+        chosen, _ = toeplitz_attention.choose(self.backend, q, k, v, c_HT, causal=causal)
+        o = toeplitz_attention(q, k, v, c_HT, causal=causal, backend=self.backend)
+        return o, torch.finfo(v.dtype).eps if chosen.name == "fft" and not causal else 0.0
 
     def _check_grid(self, grid: Grid, queries: int, keys: int) -> Grid:
         """How the keys lie, if there is a bias for each of their offsets."""
@@ -131,9 +141,9 @@ class NPRF(Attend):
 
     def _keys(self, k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features of the keys, and the values with a 1 behind each: its sums are the denominators."""
-        k, v = blank_padding(keep, k, wide(v))
-        k, v = blank_padding(keep, self._map(k), F.pad(v, (0, 1), value=1.0))
-        return k, v
+        k, v = blank_padding(keep, k, v)
+        (k,) = blank_padding(keep, self._map(k))
+        return k, with_ones(v, keep)
 
     def _factors(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """c for the offsets on this grid, and for prefix tokens (H, 1, 1), relative to the largest."""
@@ -162,11 +172,12 @@ class NPRF(Attend):
         o = v_BHME.new_zeros(batch, heads, queries, v_BHME.shape[3])
         for b, h, n in seen.any(-1).nonzero().tolist():
             q = q_BHND[b, h, n]
-            phi_q = (w @ (q / q.norm()) - 0.5).exp()
+            q = F.normalize(q, dim=0)
+            phi_q = (w @ q - q @ q / 2).exp()
             numerator, denominator = torch.zeros_like(o[b, h, n]), o.new_zeros(())
             for m in seen[b, h, n].nonzero().flatten().tolist():
-                k, here, there = k_BHMD[b, h, m], places[n + keys - queries], places[m]
-                weight = phi_q @ (w @ (k / k.norm()) - 0.5).exp() / self.features
+                k, here, there = F.normalize(k_BHMD[b, h, m], dim=0), places[n + keys - queries], places[m]
+                weight = phi_q @ (w @ k - k @ k / 2).exp() / self.features
                 if here is not None and there is not None:
                     entry = [j - i + size - 1 for i, j, size in zip(here, there, self.axes, strict=True)]
                     weight = weight * self.bias[h][tuple(entry)].exp()
@@ -181,7 +192,7 @@ class NPRF(Attend):
         mask, last, first = Mask(causal=self.site.causal), grid.positions, grid.prefix
         mapped = 2 * 2 * sizes.queries * size * features
         placed = 2 * last * last * (features + value)
-        needed = toeplitz_flops(grid.shape, features, value, mask.area(last, last))
+        needed = toeplitz_flops(grid.shape, features, value, mask.area(last, last), mask.causal)
         if first:
             gathered = 2 * (first + last) * features * value  # the prefix of keys, for the positions
             within = 2 * first * first * (features + value)
@@ -204,14 +215,14 @@ class NPRF(Attend):
         state = state.append(*self._keys(k, v, keep), None)
         keys, values = state.k.rows, state.v.rows
         grid = self._check_grid(Grid((q.shape[2],)), q.shape[2], keys.shape[2])
-        backend = "oracle" if self.backend == "oracle" else "torch"
-        o = toeplitz_attention(self._map(q), keys, values, self._factors(grid)[0], backend=backend)
-        return _ratio(o).to(q.dtype), state
+        o, rounding = self._sums(self._map(q), keys, values, self._factors(grid)[0])
+        return _ratio(o, rounding).to(q.dtype), state
 
 
 def _split(x_BHND: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     return x_BHND[:, :, :prefix], x_BHND[:, :, prefix:]
 
 
-def _ratio(o_BHNE1: Tensor) -> Tensor:
-    return o_BHNE1[..., :-1] / o_BHNE1[..., -1:].clamp(min=torch.finfo(o_BHNE1.dtype).eps)
+def _ratio(o_BHNE1: Tensor, rounding: float) -> Tensor:
+    total = o_BHNE1[..., -1:].clamp(min=rounding)
+    return o_BHNE1[..., :-1] / total.where(total > 0, 1)  # nothing seen: 0 / 1

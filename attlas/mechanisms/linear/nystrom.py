@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.precision import wide
+from attlas.ops.grid_conv import convolution_flops
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import attention_weights, blank_padding, softmax_attention
 
 SPEC = Spec(
@@ -95,7 +97,7 @@ class Nystrom(Attend):
             o = softmax_attention(q, k, v, Mask(keys=keep), backend=self.backend)
         else:
             # Rounding errors are multiplied by the norm of Z, which no half precision can afford.
-            with torch.autocast(q.device.type, enabled=False):
+            with as_written(q):
                 o = self._rebuilt(wide(q), wide(k), wide(v), keep)
         o = o.to(q_BHND.dtype)
         return o if self.convolution is None else o + self.convolution(v)
@@ -186,7 +188,5 @@ class Nystrom(Attend):
         flops = 4 * pairs * size
         if tokens > m:
             flops = copies * (8 * m * tokens * size + 4 * m * m * size + 8 * self.iterations * m**3)
-        reach = self.kernel // 2
-        on_line = sum(min(n + reach, tokens - 1) - max(n - reach, 0) + 1 for n in range(tokens)) if self.kernel else 0
-        per_tap = 2 * copies * size
-        return Cost(flops + per_tap * on_line, flops + per_tap * tokens * self.kernel, pairs)
+        on_line, multiplied = convolution_flops(Grid((tokens,)), self.kernel) if self.kernel else (0, 0)
+        return Cost(flops + copies * size * on_line, flops + copies * size * multiplied, pairs)

@@ -9,9 +9,9 @@ So that no power overflows and ε means something, the largest exponent is subtr
 over its features, from all keys' one for the head, over features and keys. Without ε both would cancel. In a causal
 layer that one would tell a query of keys that are still to come; here the maximum of a head runs along the
 sequence, and the keys up to n are weighed with that of the keys up to n, the sums so far being rescaled whenever it
-grows. So a causal output is exactly what the noncausal form gives on the tokens up to its own, and nothing later
-moves it by a bit. The official code takes one maximum over the whole sequence, and both maxima of w·x' alone, so
-that long queries drown in ε.
+grows. So a causal output is exactly what the noncausal form gives on the tokens up to its own, and no later key or
+value moves it by a bit, however large, as long as values and |k|² are finite in float32. The official code takes one
+maximum over the whole sequence, and both maxima of w·x' alone, so that long queries drown in ε.
 
 q (B, H, N, D), k (B, H, M, D), v (B, H, M, E), w (R, D), drawn at construction and kept with the weights; `redraw`
 draws anew. A query that sees nothing gives 0.
@@ -34,7 +34,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
 from attlas.ops.favor import PowerSums, running_powers
-from attlas.ops.linear import feature_product, product_flops
+from attlas.ops.linear import feature_product, product_flops, with_ones
 from attlas.ops.precision import wide
 from attlas.ops.random_features import exponents, orthogonal_gaussian
 from attlas.ops.scan import NEVER
@@ -103,7 +103,7 @@ class Performer(Attend):
         k, v = blank_padding(keep, k_BHMD, v_BHME)
         exponents_BHMR = _real(self._exponents(k), keep, NEVER)
         k = _real((exponents_BHMR - exponents_BHMR.amax((2, 3), keepdim=True)).exp() + self.eps, keep, 0)
-        return _ratio(feature_product(q, k, _with_ones(v, keep), backend=self.backend)[0]).to(q_BHND.dtype)
+        return _ratio(feature_product(q, k, with_ones(v, keep), backend=self.backend)[0]).to(q_BHND.dtype)
 
     def _exponents(self, x: Tensor) -> Tensor:
         return exponents(wide(x) * self.site.head_dim**-0.25, self.projection)
@@ -117,7 +117,7 @@ class Performer(Attend):
     ) -> tuple[Tensor, PerformerState]:
         """Each key relative to its own largest feature, all to the largest so far, and ε times the values."""
         k, v = blank_padding(keep, k, v)
-        exponents_BHMR, v = self._exponents(k), _with_ones(v, keep)
+        exponents_BHMR, v = self._exponents(k), with_ones(v, keep)
         largest_BHM = _real(exponents_BHMR.amax(-1, keepdim=True), keep, NEVER)
         k = _real((exponents_BHMR - exponents_BHMR.amax(-1, keepdim=True)).exp(), keep, 0)
         powers = None if state is None else state.powers
@@ -169,11 +169,6 @@ class Performer(Attend):
 
 def _real(x_BHMR: Tensor, keep_BM: Tensor | None, otherwise: float) -> Tensor:
     return x_BHMR if keep_BM is None else x_BHMR.where(keep_BM[:, None, :, None], otherwise)
-
-
-def _with_ones(v_BHME: Tensor, keep_BM: Tensor | None) -> Tensor:
-    """The values with a 1 behind each real one: its sums are the denominators."""
-    return _real(F.pad(wide(v_BHME), (0, 1), value=1.0), keep_BM, 0)
 
 
 def _ratio(o_BHNE1: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from attlas.ops.grid_conv import convolution_flops, convolve_values, value_convo
 from attlas.ops.linear import feature_product, product_flops
 from attlas.ops.precision import wide
 from attlas.ops.rotary import relative_turn, rotate_axes
+from attlas.ops.softmax import blank_padding
 
 EPS = 1e-6
 SELF = frozenset({Pattern.NONCAUSAL_SELF})
@@ -74,10 +75,8 @@ class RALA(Attend):
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Weigh the keys, then multiply them with the values first."""
         places_NR = self._places(q_BHND, k_BHMD, call)
-        q, k, v = elu_plus_one(q_BHND), elu_plus_one(k_BHMD), wide(v_BHME)
-        if call.mask.keys is not None:
-            real = call.mask.keys[:, None, :, None]
-            k, v = k.where(real, 0), v.where(real, 0)
+        q = elu_plus_one(q_BHND)
+        k, v = blank_padding(call.mask.keys, elu_plus_one(k_BHMD), wide(v_BHME))
         k = k * self._shares(q, k, call).unsqueeze(-1)
         total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + EPS
         if places_NR is not None:
@@ -103,8 +102,8 @@ class RALA(Attend):
         if call.mask.queries is None:
             mean = q.mean(2, keepdim=True)
         else:
-            real = call.mask.queries[:, None, :, None]
-            mean = q.where(real, 0).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
+            (real,) = blank_padding(call.mask.queries, q)
+            mean = real.sum(2, keepdim=True) / call.mask.queries.sum(1)[:, None, None, None].clamp(min=1)
         scores = (mean * k).sum(-1) / math.sqrt(q.shape[-1])
         if call.mask.keys is not None:
             keep = call.mask.keys.unsqueeze(1)
@@ -133,7 +132,7 @@ class RALA(Attend):
             turned_BHNM = ((a * c + b_ * d) * cos.to(q) - (b_ * c - a * d) * sin.to(q)).sum(-1)
             turned_BHNM = alpha_BHM.unsqueeze(2) * turned_BHNM
         count = real_BM.sum(1)[:, None, None, None].clamp(min=1)
-        v = v_BHME.where(real_BM[:, None, :, None], 0)
+        (v,) = blank_padding(call.mask.keys, v_BHME)
         o = turned_BHNM @ v / count / (weights_BHNM.sum(-1, keepdim=True) / count + EPS)
         if self.lepe is None or call.cross:
             return o

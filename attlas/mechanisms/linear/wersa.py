@@ -28,7 +28,6 @@ reconstruction. Its gates are stretched over the padded length; the two agree wh
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.errors import Unsupported
@@ -88,8 +87,7 @@ class Wersa(ScaleGatedAttend):
         gated = []
         for index, c in enumerate(coefficients):
             step = 2 ** min(index + 1, self.levels)
-            gate = gates_BNJ[:, None, ::step, index, None]  # where it ends, only zeros are left
-            gated.append(F.pad(gate, (0, 0, 0, c.shape[2] - gate.shape[2])) * c)
+            gated.append(gates_BNJ[:, None, ::step, index, None] * c)
         return idwt(gated, z_BHND.shape[2])
 
     def filtered_literally(self, z_BHND: Tensor, gates_BNJ: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class WersaCausal(ScaleGatedAttend):
     ) -> tuple[Tensor, WersaState]:
         """Filter behind the last tokens of before, and go on with the sums."""
         segment = q.shape[2]
-        x = torch.cat([state.x, self._tokens(q, k, tokens, keep)], 1)
+        x = torch.cat([state.x, self._tokens(q, k, v, tokens, keep)], 1)
         gates = self._gates(x)
         q, k = (torch.cat([past, self._activated(z, keep)], 2) for past, z in ((state.q, q), (state.k, k)))
         o, sums = self._product(self.filtered(q, gates), self.filtered(k, gates), v, keep, state.sums)
