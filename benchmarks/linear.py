@@ -39,7 +39,7 @@ from attlas.core.state import state_bytes
 from attlas.ops.decay import decayed_linear_attention
 from attlas.ops.delta import gated_delta_rule
 from attlas.ops.gated import bidirectional_gated_attention, gated_linear_attention
-from attlas.ops.linear import feature_product
+from attlas.ops.linear import weighted_average
 from attlas.ops.slopes import alibi_slopes
 
 HEADS, SIZE, TOKENS = 8, 64, 16384
@@ -63,10 +63,10 @@ def constant_decay(backend: str, inputs: list[Tensor]) -> Tensor:
 
 
 def causal_features(backend: str, inputs: list[Tensor]) -> Tensor:
-    """With a column of ones, whose sum divides the rest."""
-    q, k, v = inputs[:3]
-    o, _ = feature_product(F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0), causal=True, backend=backend)
-    return o[..., :-1] / (o[..., -1:] + 1e-6)
+    """With its normaliser; the features are positive."""
+    _, _, v, gates, _, _ = inputs
+    o, _ = weighted_average(-gates, -gates, v.float(), causal=True, backend=backend)
+    return o.to(v.dtype)
 
 
 def channel_gates(backend: str, inputs: list[Tensor]) -> Tensor:

@@ -5,11 +5,14 @@ B batch, H heads, N queries, M keys, D features, E value size, S chunks, C token
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.mask import Mask
+from attlas.kernels.cpu import decay as kernel
 from attlas.ops import decay
 from attlas.ops.dispatch import Backend, Op
 from attlas.ops.precision import as_written, wide
@@ -117,3 +120,72 @@ def with_ones(v_BHME: Tensor, keep_BM: Tensor | None = None) -> Tensor:
     """The values, in float32 at least, with a 1 behind each real one: its sums are the denominators."""
     v = F.pad(wide(v_BHME), (0, 1), value=1.0)
     return v if keep_BM is None else v.where(keep_BM[:, None, :, None], 0)
+
+
+def _average_oracle(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The average of all values, or of those not after the query, each weighted by the product q.k.
+
+    Computed and accumulated in the dtype of the inputs: widen half precision first.
+
+    Args:
+        q_BHND, k_BHMD, v_BHME: positive feature maps of queries and keys, and values. Queries are the last N of M.
+        state_BHDE: (B, H, D, E + 1), sum of k v^T over what came before the first key, and in its last column of k.
+        causal: a query sees no later key.
+
+    Returns:
+        (B, H, N, E), 0 where all weights are 0, and the state behind the last key.
+    """
+    return _averaged(_oracle, q_BHND, k_BHMD, v_BHME, state_BHDE, causal)
+
+
+def _average_torch(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _averaged(_torch, q_BHND, k_BHMD, v_BHME, state_BHDE, causal)
+
+
+def _averaged(
+    product: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    o, state = product(q, k, F.pad(v, (0, 1), value=1.0), state, causal=causal)
+    total = o[..., -1:]
+    return o[..., :-1] / total.where(total > 0, 1), state
+
+
+def _average_cpu(
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    state_BHDE: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return kernel.weighted_average(q_BHND, k_BHMD, v_BHME, state_BHDE)
+
+
+def _average_refuses(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, causal: bool = False
+) -> str | None:
+    if q.dtype != torch.float32:
+        return f"it computes averages in float32, not {q.dtype}"
+    return _refuses(q, k, v, state, causal=causal)
+
+
+weighted_average = Op(
+    "weighted_average",
+    Backend("cpu", _average_cpu, _average_refuses),
+    Backend("torch", _average_torch),
+    Backend("oracle", _average_oracle),
+)

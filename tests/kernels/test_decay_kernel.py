@@ -11,6 +11,7 @@ from attlas.core.errors import BadInput
 from attlas.kernels.cpu import build
 from attlas.kernels.cpu.decay import decayed_linear_attention, refuses
 from attlas.ops import decay
+from attlas.ops.linear import weighted_average
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}  # relative RMS error
 SLOPES = torch.tensor([0.02, 0.0, 1.0, 40.0, 1e-4])
@@ -271,3 +272,58 @@ def test_what_does_not_fit_is_said(change, message):
     arguments = {"q": q, "k": k, "v": v, "slopes": slopes, "state": state, "lengths": None, **change}
     with pytest.raises(BadInput, match=message):
         decayed_linear_attention(*arguments.values())
+
+
+def _averages(q, k, v, state, backend):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, state) if x is not None]
+    o, final = weighted_average(*leaves, causal=True, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in (o, final)]
+    return o, final, *torch.autograd.grad([o, final], leaves, grads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 5, 3), (2, 3, 70, 8, 12), (1, 2, 3, 33, 70), (2, 1, 900, 20, 17)])
+def test_averages_equal_sums_over_sums(sizes, with_state, threads):
+    """The normaliser is a column of the state that is no column of the values."""
+    batch, heads, tokens, size, value = sizes
+    q, k = torch.rand(2, batch, heads, tokens, size) + 0.1
+    v = torch.randn(batch, heads, tokens, value)
+    state = torch.rand(batch, heads, size, value + 1) if with_state else None
+    with machine.threads(threads):
+        actual = _averages(q, k, v, state, "cpu")
+    expected = _averages(*(None if x is None else x.double() for x in (q, k, v, state)), "oracle")
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert _error(a, e) <= TOLERANCE[torch.float32], f"result {i}"
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_averages_of_nothing_are_nothing(tokens):
+    """Keys of zeros weigh nothing: no output, no division by 0, finite gradients."""
+    q, v = torch.rand(1, 1, tokens, 4), torch.randn(1, 1, tokens, 5)
+    k = torch.rand(1, 1, tokens, 4)
+    k[:, :, : tokens // 2 + 1] = 0
+    results = _averages(q, k, v, None, "cpu")
+    assert not results[0][:, :, : tokens // 2 + 1].any()
+    assert all(torch.isfinite(x).all() for x in results)
+    for a, e in zip(results, _averages(q.double(), k.double(), v.double(), None, "oracle"), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
+
+
+def test_averages_in_pieces_and_for_torch():
+    q, k = torch.rand(2, 2, 2, 45, 8)
+    v = torch.randn(2, 2, 45, 6)
+    whole, last = weighted_average(q, k, v, causal=True, backend="cpu")
+    state, rows = None, []
+    for part in zip(*(x.split([1, 1, 40, 3], 2) for x in (q, k, v)), strict=True):
+        o, state = weighted_average(*part, state, causal=True, backend="cpu")
+        rows.append(o)
+    torch.testing.assert_close(torch.cat(rows, 2), whole)
+    torch.testing.assert_close(state, last)
+    torch.library.opcheck(torch.ops.attlas.weighted_average.default, (*(x.requires_grad_() for x in (q, k, v)), None))
+    with FlopCounterMode(display=False) as counter:
+        weighted_average(q, k, v, causal=True, backend="cpu")
+    assert counter.get_total_flops() == 2 * 2 * 2 * 2 * 45 * 8 * 7
+    with pytest.raises(BadInput, match="averages are of float32"):
+        torch.ops.attlas.weighted_average(q, k, v, torch.zeros(2, 2, 8, 6))

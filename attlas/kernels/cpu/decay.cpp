@@ -13,6 +13,9 @@
 //     dv   x = k    y = q    z = do   S = d final_state           lead 0, time runs backwards; S ends as d state
 //     dk   x = v    y = do   z = q    S = d final_state^T         lead 0, time runs backwards
 //
+// Where the outputs are averages, each is divided by the sum of its weights, x_r . sum_{c <= r} lambda^(r-c) y_c. That is
+// one more column of S, for a z of ones, which is kept as a vector of its own.
+//
 // The lead is 0 backwards because S is then the gradient of the state *before* the token that follows: it is decayed
 // already. The pass takes CHUNK tokens at a time with S in the first-level cache. All exponents of lambda are >= 0.
 
@@ -67,15 +70,18 @@ struct Stream {
     int D, E, lead;
     float slope;
     int64_t length;
+    float* totals;     // sums of the weights, by token; null if the outputs are not averages
     bool past_caches;  // out is too large to be found in a cache by whoever reads it
 };
 
 struct Workspace {
-    float *x, *y_t, *z, *scores, *state, *powers;
+    float *x, *y_t, *z, *scores, *state, *sums, *powers;  // sums: of y, behind the state
+
+    static int64_t state_floats(int64_t d, int64_t e) { return d * e + d; }
 
     static int64_t floats(int D, int E) {
         const int64_t d = padded(D), e = padded(E);
-        return TILE * d + CHUNK * (d + e + TILE + 2) + d * e;
+        return TILE * d + CHUNK * (d + e + TILE + 2) + state_floats(d, e);
     }
 
     Workspace(float* memory, int D, int E) {
@@ -85,7 +91,8 @@ struct Workspace {
         z = y_t + CHUNK * d;
         scores = z + CHUNK * e;
         state = scores + CHUNK * TILE;
-        powers = state + d * e + CHUNK;
+        sums = state + d * e;
+        powers = state + state_floats(d, e) + CHUNK;
     }
 
     // powers[-i] = lambda^i for i = 0 .. CHUNK; powers[i] = 0 for i = 1 .. CHUNK - 1, which is the causal mask.
@@ -167,6 +174,28 @@ void read_keys(const Stream<T>& s, Workspace& w, int64_t t, int n) {
     pack<T>({s.z[t], s.z.stride}, n, s.E, w.z);
 }
 
+float sum_lanes(vec x) {
+    float sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += x[i];
+    return sum;
+}
+
+// What divides the outputs of the rows of a tile; 1 where there are no weights. Their scores are in the workspace.
+template <class T>
+void find_totals(const Stream<T>& s, const Workspace& w, const float* x, int64_t x_row, int64_t t, int r, int n,
+                 float (&factors)[TILE]) {
+    for (int i = 0; i < TILE; ++i) {
+        factors[i] = 1;
+        if (r + i >= n) continue;
+        vec before = {}, within = {};
+        for (int d = 0; d < s.D; d += LANES) before += load_first(x + i * x_row + d, s.D - d) * load(w.sums + d);
+        for (int c = 0; c < std::min(r + TILE, n); c += LANES) within += load(w.scores + i * CHUNK + c);
+        const float total = w.powers[-(r + i + s.lead)] * sum_lanes(before) + sum_lanes(within);
+        s.totals[t + r + i] = total;
+        if (total > 0) factors[i] = 1 / total;
+    }
+}
+
 // Writes the outputs of the n tokens from t on, from the state before them.
 template <class T>
 void write_outputs(const Stream<T>& s, Workspace& w, int64_t t, int n) {
@@ -195,21 +224,35 @@ void write_outputs(const Stream<T>& s, Workspace& w, int64_t t, int n) {
                     store(w.scores + i * CHUNK + column, acc[i][j] * load(w.powers + column - (r + i)));
                 }
         });
+        float factors[TILE];
+        if (s.totals) find_totals(s, w, x, x_row, t, r, n, factors);
         for_column_tiles(e_row, [&](int e, auto vectors) {
             vec acc[TILE][vectors()] = {};
             multiply_add(acc, x, x_row, 1, w.state + e, e_row, D);
             for (int i = 0; i < TILE; ++i)
                 for (int j = 0; j < vectors(); ++j) acc[i][j] *= w.powers[-(r + i + s.lead)];
             multiply_add(acc, w.scores, CHUNK, 1, w.z + e, e_row, visible);
+            if (s.totals)
+                for (int i = 0; i < TILE; ++i)
+                    for (int j = 0; j < vectors(); ++j) acc[i][j] *= factors[i];
             store_tile<T>({s.out[t + r], s.out.stride}, e, n - r, E, s.past_caches, acc);
         });
     }
 }
 
 // Moves the state past the n tokens in the workspace, whose z is decayed in place.
-void advance(Workspace& w, int D, int E, int lead, int n) {
+void advance(Workspace& w, int D, int E, int lead, int n, bool sums) {
     const int e_row = padded(E);
     const float decay = w.powers[-n];
+    if (sums) {
+        float weights[CHUNK] = {};
+        for (int c = 0; c < n; ++c) weights[c] = w.powers[-(n - lead - c)];
+        for (int d = 0; d < D; ++d) {
+            vec sum = {};
+            for (int c = 0; c < n; c += LANES) sum += load(weights + c) * load(w.y_t + d * CHUNK + c);
+            w.sums[d] = decay * w.sums[d] + sum_lanes(sum);
+        }
+    }
     for (int c = 0; c < n; ++c)
         for (int e = 0; e < e_row; e += LANES) {
             float* const part = w.z + c * e_row + e;
@@ -233,7 +276,7 @@ void run_tokens(const Stream<T>& s, Workspace& w, int64_t begin, int64_t end, bo
         const int n = int(std::min<int64_t>(CHUNK, end - t));
         read_keys(s, w, t, n);
         if (outputs) write_outputs(s, w, t, n);
-        advance(w, s.D, s.E, s.lead, n);
+        advance(w, s.D, s.E, s.lead, n, s.totals);
     }
     if (s.past_caches) end_streaming();
 }
@@ -252,7 +295,8 @@ struct attlas_decay {
     int64_t batch, heads, tokens, key_size, value_size;
     const float* slopes;     // (heads)
     const int64_t* lengths;  // (batch), or null: tokens from lengths[b] on do not exist
-    int32_t is_bf16, threads;
+    int32_t is_bf16, averages, threads;  // averages: the states have one more column, for values of 1
+    float* totals;                       // (batch, heads, tokens) of averages
 };
 }
 
@@ -297,16 +341,20 @@ Stream<T> stream_of(const Problem& p, const Pass& pass, int64_t b, int64_t h) {
             pass.lead,
             p.slopes[h],
             length,
+            p.averages ? p.totals + (b * p.heads + h) * p.tokens : nullptr,
             past_caches};
 }
 
-void read_state(const Pass& pass, int64_t b, int64_t h, float* state) {
+void read_state(const Pass& pass, int64_t b, int64_t h, Workspace& w, bool sums) {
     const int e_row = padded(pass.E);
-    std::fill_n(state, padded(pass.D) * e_row, 0.0f);
+    float* const state = w.state;
+    std::fill_n(state, Workspace::state_floats(padded(pass.D), e_row), 0.0f);
     if (!pass.state.data) return;
     const auto rows = rows_of<const float>(pass.state, b, h);
     for (int d = 0; d < pass.D; ++d)
         for (int e = 0; e < pass.E; ++e) state[d * e_row + e] = pass.transposed ? rows[e][d] : rows[d][e];
+    if (sums)
+        for (int d = 0; d < pass.D; ++d) w.sums[d] = rows[d][pass.E];
 }
 
 // Into how many segments to cut each stream so that the threads finish soonest: all segments run the pass, and all
@@ -338,7 +386,7 @@ bool run(const Problem& p, std::initializer_list<Pass> passes) {
 
     for (const Pass& pass : passes) advise_huge_pages(pass.out.data, heads * p.tokens * pass.E * sizeof(T));
 
-    const int64_t per_thread = std::max(Workspace::floats(D, E), Workspace::floats(E, D)), per_state = D * E;
+    const int64_t per_thread = std::max(Workspace::floats(D, E), Workspace::floats(E, D)), per_state = Workspace::state_floats(std::max(D, E), std::min(D, E));
     const int64_t floats = threads * per_thread + streams * (segments - 1) * per_state;
     constexpr std::align_val_t line{64};
     const auto release = [](float* memory) { ::operator delete[](memory, line); };
@@ -363,6 +411,7 @@ bool run(const Problem& p, std::initializer_list<Pass> passes) {
         const auto s = stream_of<T>(p, pass, b, h);
         Workspace w(own, s.D, s.E);
         w.state = state_of(stream, segment);
+        w.sums = w.state + padded(s.D) * padded(s.E);
         w.set_slope(s.slope);
         const int64_t begin = segment_start(segment, segments, s.length);
         run_tokens(s, w, begin, segment_start(segment + 1, segments, s.length), false);
@@ -372,13 +421,14 @@ bool run(const Problem& p, std::initializer_list<Pass> passes) {
         const auto s = stream_of<T>(p, pass, b, h);
         Workspace w(own, s.D, s.E);
         w.set_slope(s.slope);
-        read_state(pass, b, h, w.state);
+        read_state(pass, b, h, w, s.totals);
         int64_t begin = 0;
         for (int64_t g = 0; g < segment; ++g) {
             const int64_t end = segment_start(g + 1, segments, s.length);
             const float decay = decay_over(s.slope, end - begin);
             const float* gained = state_of(stream, g);
-            for (int64_t j = 0; j < per_state; ++j) w.state[j] = decay * w.state[j] + gained[j];
+            const int64_t floats = Workspace::state_floats(padded(s.D), padded(s.E));
+            for (int64_t j = 0; j < floats; ++j) w.state[j] = decay * w.state[j] + gained[j];
             begin = end;
         }
         run_tokens(s, w, begin, segment_start(segment + 1, segments, s.length), true);
@@ -387,6 +437,8 @@ bool run(const Problem& p, std::initializer_list<Pass> passes) {
         if (pass.final_state) {
             const auto rows = rows_of<float>(*pass.final_state, b, h);
             for (int d = 0; d < s.D; ++d) std::copy_n(w.state + d * padded(s.E), s.E, rows[d]);
+            if (s.totals)
+                for (int d = 0; d < s.D; ++d) rows[d][s.E] = w.sums[d];
         }
         const auto out = rows_of<T>(pass.out, b, h);
         for (int64_t t = s.length; t < p.tokens; ++t) std::fill_n(out[t], s.E, T{});
@@ -417,6 +469,18 @@ void step(const T* q, const T* k, const T* v, T* o, Rows<float> state, float dec
     for (; e < E; e += LANES) columns(e, std::integral_constant<int, 1>());
 }
 
+// Moves the sums of the keys, the last column of the state, on to the token and divides its output.
+template <class T>
+void divide(const T* q, const T* k, T* o, Rows<float> state, float decay, int D, int E, float& total) {
+    total = 0;
+    for (int d = 0; d < D; ++d) {
+        float& sum = state[d][E];
+        sum = decay * sum + to_float(k[d]);
+        total += to_float(q[d]) * sum;
+    }
+    for (int e = 0; e < E && total > 0; e += LANES) store_first(o + e, load_first(o + e, E - e) / total, E - e);
+}
+
 template <class T>
 void run_steps(const Problem& p, const Array& q, const Array& k, const Array& v, const Array& state, const Array& o,
                const Array& final_state) {
@@ -427,14 +491,18 @@ void run_steps(const Problem& p, const Array& q, const Array& k, const Array& v,
         for (int64_t h = 0; h < p.heads; ++h) {
             const auto S = rows_of<float>(final_state, b, h);
             for (int d = 0; d < D; ++d)
-                if (state.data) std::copy_n(rows_of<const float>(state, b, h)[d], E, S[d]);
-                else std::fill_n(S[d], E, 0.0f);
+                if (state.data) std::copy_n(rows_of<const float>(state, b, h)[d], E + p.averages, S[d]);
+                else std::fill_n(S[d], E + p.averages, 0.0f);
             const auto q_h = rows_of<const T>(q, b, h), k_h = rows_of<const T>(k, b, h);
             const auto v_h = rows_of<const T>(v, b, h);
             const auto o_h = rows_of<T>(o, b, h);
             const int64_t length = length_of(p, b);
             const float decay = decay_over(p.slopes[h], 1);
-            for (int64_t t = 0; t < length; ++t) step(q_h[t], k_h[t], v_h[t], o_h[t], S, decay, D, E);
+            for (int64_t t = 0; t < length; ++t) {
+                step(q_h[t], k_h[t], v_h[t], o_h[t], S, decay, D, E);
+                if (p.averages)
+                    divide(q_h[t], k_h[t], o_h[t], S, decay, D, E, p.totals[(b * p.heads + h) * p.tokens + t]);
+            }
             for (int64_t t = length; t < p.tokens; ++t) std::fill_n(o_h[t], E, T{});
         }
 }

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -71,7 +72,9 @@ class _Problem(ctypes.Structure):
         ("slopes", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("is_bf16", ctypes.c_int32),
+        ("averages", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("totals", ctypes.c_void_p),
     )
 
 
@@ -84,9 +87,19 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(
-    function: Any, slopes: Tensor, lengths: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None
+    function: Any,
+    slopes: Tensor,
+    lengths: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *others: Tensor | None,
+    totals: Tensor | None = None,
 ) -> None:
-    """Call a function of the library with its arrays in their order. Only inputs can need a copy."""
+    """Call a function of the library with its arrays in their order. Only inputs can need a copy.
+
+    With totals, the outputs are averages, whose sums of weights go there.
+    """
     slopes = slopes.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     rows = [None if x is None else dense_rows(x) for x in (q, k, v, *others)]
@@ -96,7 +109,9 @@ def _call(
         slopes.data_ptr(),
         None if lengths is None else lengths.data_ptr(),
         q.dtype == torch.bfloat16,
+        totals is not None,
         torch.get_num_threads(),
+        None if totals is None else totals.data_ptr(),
     )
     if function(problem, places(*rows)):
         raise MemoryError("the decay kernel found no memory for its workspace")
@@ -191,6 +206,65 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(once_only)
 
 
+def weighted_average(
+    q_BHND: Tensor, k_BHND: Tensor, v_BHNE: Tensor, state_BHDE: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o_t = sum_{j<=t} (q_t.k_j) v_j / sum_{j<=t} q_t.k_j: linear attention with its normaliser, in one pass.
+
+    Args:
+        q_BHND, k_BHND, v_BHNE: float32, on the CPU. Where the weights sum to 0 or less nothing is divided.
+        state_BHDE: float32 (B, H, D, E + 1), what earlier tokens left; the last column is the sum of the keys.
+
+    Returns:
+        o (B, H, N, E), and the state after the last token.
+
+    Raises:
+        BadInput: shapes or dtypes do not fit together.
+        KernelUnavailable: the kernel cannot be compiled here.
+    """
+    o, state, _ = torch.ops.attlas.weighted_average(q_BHND, k_BHND, v_BHNE, state_BHDE)
+    return o, state
+
+
+@torch.library.custom_op("attlas::weighted_average", mutates_args=(), device_types="cpu")
+def _average(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state, totals = _average_fake(q, k, v, state)
+    no_decay = q.new_zeros(q.shape[1])
+    _call(_library().attlas_decay_forward, no_decay, None, q, k, v, state, o, final_state, totals=totals)
+    return o, final_state, totals
+
+
+@_average.register_fake
+def _average_fake(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v, q.new_zeros(q.shape[1], dtype=torch.float32), None, None)
+    final_state = q.new_empty(*q.shape[:2], q.shape[3], v.shape[3] + 1)
+    if q.dtype != torch.float32 or (state is not None and state.shape != final_state.shape):
+        shape = None if state is None else tuple(state.shape)
+        raise BadInput(f"averages are of float32, their state is {tuple(final_state.shape)}; got {q.dtype}, {shape}")
+    return _like(v), final_state, q.new_empty(q.shape[:3])
+
+
+def _save_average(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, output[0], output[2])
+
+
+def _differentiate_average(
+    ctx: Any, grad_o: Tensor, grad_final: Tensor, grad_totals: Tensor
+) -> tuple[Tensor | None, ...]:
+    """As of the product with values and a column of ones, whose gradient is that of the totals."""
+    q, k, v, state, o, totals = ctx.saved_tensors
+    there = totals > 0
+    divided = grad_o / totals.where(there, 1).unsqueeze(-1)
+    grad_totals = grad_totals - (divided * o).sum(-1).where(there, 0)
+    grad = torch.cat([divided, grad_totals.unsqueeze(-1)], -1)
+    ones = F.pad(v, (0, 1), value=1.0)
+    dq, dk, dv, dstate = _backward(q, k, ones, q.new_zeros(q.shape[1]), state, None, grad, grad_final)
+    return dq, dk, dv[..., :-1], None if state is None else dstate
+
+
+_average.register_autograd(_differentiate_average, setup_context=_save_average)
+
+
 # FLOP = 2 MAC. A token multiplies its key into the state and its query with it.
 @register_flop_formula(torch.ops.attlas.decayed_linear_attention)
 def _forward_flop(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -203,3 +277,9 @@ def _forward_flop(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **k
 def _backward_flop(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     batch, heads, tokens, size = q
     return 5 * 2 * batch * heads * tokens * size * v[3]
+
+
+@register_flop_formula(torch.ops.attlas.weighted_average)
+def _average_flop(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, tokens, size = q
+    return 2 * 2 * batch * heads * tokens * size * (v[3] + 1)

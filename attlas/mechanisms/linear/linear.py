@@ -21,8 +21,9 @@ from attlas.core.mechanism import Attend, Call, Cost, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import ALL_PATTERNS, Example, Spec
 from attlas.ops.elu import elu_plus_one
-from attlas.ops.linear import feature_product, product_flops
+from attlas.ops.linear import product_flops, weighted_average
 from attlas.ops.precision import wide
+from attlas.ops.softmax import blank_padding
 
 SPEC = Spec(
     name="linear",
@@ -46,20 +47,6 @@ class LinearState(NamedTuple):
     sums: Tensor
 
 
-def _keys(k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Features of the keys, and the values with a 1 behind them: its sums are the denominators."""
-    k, v = elu_plus_one(k), F.pad(wide(v), (0, 1), value=1.0)
-    if keep is not None:
-        real = keep[:, None, :, None]
-        k, v = k.where(real, 0), v.where(real, 0)
-    return k, v
-
-
-def _ratio(o_BHNE1: Tensor) -> Tensor:
-    total = o_BHNE1[..., -1:]
-    return o_BHNE1[..., :-1] / total.where(total > 0, 1)  # nothing seen: 0 / 1
-
-
 @register(SPEC)
 class Linear(Attend):
     """Linear attention with the feature map elu + 1."""
@@ -71,10 +58,10 @@ class Linear(Attend):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: LinearState | None
     ) -> tuple[Tensor, LinearState]:
-        keys, values = _keys(k, v, mask.keys)
+        keys, values = blank_padding(mask.keys, elu_plus_one(k), wide(v))
         before = None if state is None else state.sums
-        o, sums = feature_product(elu_plus_one(q), keys, values, before, causal=mask.causal, backend=self.backend)
-        return _ratio(o).to(q.dtype), LinearState(sums)
+        o, sums = weighted_average(elu_plus_one(q), keys, values, before, causal=mask.causal, backend=self.backend)
+        return o.to(q.dtype), LinearState(sums)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
         """Every pair's weight, normalised over the visible keys."""
