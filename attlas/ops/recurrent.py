@@ -5,13 +5,17 @@ B batch, N tokens, C channels, H heads, D features of a head, L lags.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
+from attlas.core.mask import Mask
+from attlas.core.mechanism import Attend, Call, Cost, Sizes
 from attlas.ops.lags import lagged_sum
 from attlas.ops.precision import wide
 
@@ -29,6 +33,53 @@ def keys_ahead(queries: int, keys: int) -> int:
     if queries > keys:
         raise BadInput(f"queries are the last of the keys' positions, got {queries} queries and {keys} keys")
     return keys - queries
+
+
+class MatrixState(NamedTuple):
+    """S (B, H, D, E), with what each token left in it."""
+
+    sums: Tensor
+
+
+class RecurrentAttend(Attend):
+    """What causal attends share whose state is one matrix per head; subclasses write `recur` and `head_flops`."""
+
+    @abstractmethod
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hook: the outputs of tokens that follow S, zeros if None, and S behind them."""
+
+    @abstractmethod
+    def head_flops(self, tokens: int, size: int) -> tuple[int, int]:
+        """Hook: FLOPs of one head, what the recurrence takes and what the torch backend multiplies."""
+
+    def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
+        """From an empty state."""
+        ahead = keys_ahead(q_BHND.shape[2], k_BGMD.shape[2])
+        q = F.pad(q_BHND, (0, 0, ahead, 0))  # the first keys go into the state alone
+        return self.recur(q, k_BGMD, v_BGME, None, call.mask.keys)[0][:, :, ahead:]
+
+    def count(self, sizes: Sizes) -> Cost:
+        """Each token into the state and out of it, and what the torch backend weighs besides."""
+        needed, made = self.head_flops(sizes.queries, self.site.head_dim)
+        copies = sizes.batch * self.site.heads
+        pairs = Mask(causal=True).area(sizes.queries, sizes.keys, sizes.batch, self.site.heads)
+        return Cost(copies * needed, copies * made, pairs)
+
+    def initial_state(self, batch: int, like: Tensor) -> MatrixState:
+        """S before the first token, zero."""
+        size = self.site.head_dim
+        return MatrixState(wide(like.new_zeros(batch, self.site.heads, size, size)))
+
+    def advance(
+        self, q: Tensor, k: Tensor, v: Tensor, state: MatrixState, keep: Tensor | None, tokens: Tensor | None
+    ) -> tuple[Tensor, MatrixState]:
+        """The recurrence, from the state before the segment."""
+        # Positions may give keys more features than the state was made for: nothing is in their rows yet.
+        sums = F.pad(state.sums, (0, 0, 0, k.shape[3] - state.sums.shape[2]))
+        o, sums = self.recur(q, k, v, sums, keep)
+        return o, MatrixState(sums)
 
 
 class LogGates(nn.Sequential):

@@ -31,7 +31,7 @@ def test_delta_recalls_independent_pairs_exactly_after_enough_trials():
     k = torch.nn.functional.normalize(torch.eye(size) + 0.1 * k, dim=-1)  # independent, not orthogonal
     layer = attlas.make_attend("pavlovian_delta", 1, size, causal=True, rate=0.9)
     _, state = layer.extend(*(x.repeat(1, 1, repeats, 1) for x in (k, k, v)), layer.initial_state(1, k))
-    assert torch.allclose(k @ state.memory, v, atol=1e-6)
+    assert torch.allclose(k @ state.sums, v, atol=1e-6)
     hebb = attlas.make_attend("pavlovian_hebb", 1, size)
     assert (hebb(k, k, v) - v).abs().max() > 0.1
 

@@ -15,18 +15,13 @@ Sources: Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeli
 (arXiv:2405.17381), and "Lightning Attention-2", 2024 (arXiv:2401.04658), official code OpenNLPLab/lightning-attention.
 """
 
-from typing import NamedTuple
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from attlas.core.mask import Mask
-from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
+from attlas.core.mechanism import Site
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.decay import decayed_linear_attention, flops
-from attlas.ops.precision import wide
-from attlas.ops.recurrent import keys_ahead
+from attlas.ops.recurrent import RecurrentAttend
 from attlas.ops.slopes import alibi_slopes
 
 SPEC = Spec(
@@ -52,14 +47,8 @@ SPEC = Spec(
 )
 
 
-class LightningState(NamedTuple):
-    """S (B, H, D, E), with what each token left in it."""
-
-    sums: Tensor
-
-
 @register(SPEC)
-class Lightning(Attend):
+class Lightning(RecurrentAttend):
     """Linear attention with a constant decay.
 
     Args:
@@ -74,38 +63,15 @@ class Lightning(Attend):
         if site.layers > 1:
             self.slopes *= 1 - site.layer / (site.layers - 1) + 1e-5
 
-    def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
-        """Run the op."""
-        queries, keys = q_BHND.shape[2], k_BGMD.shape[2]
-        q = F.pad(q_BHND, (0, 0, keys_ahead(queries, keys), 0))  # the first keys go into the state alone
-        return self._attend(q, k_BGMD, v_BGME, None, call.mask.keys)[0][:, :, keys - queries :]
+    oracle = RecurrentAttend.compute  # the op has the oracle
 
-    oracle = compute  # the op's own oracle backend
-
-    def _attend(
+    def recur(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Run the op."""
         slopes = self.slopes.to(q.device)
         return decayed_linear_attention(q, k, v, slopes, state, keep, backend=self.backend)
 
-    def count(self, sizes: Sizes) -> Cost:
-        """Each token into the state and out of it; the torch backend weighs the pairs of a block besides."""
-        size = self.site.head_dim
-        copies = sizes.batch * self.site.heads
-        needed, made = flops(sizes.queries, size, size)
-        pairs = Mask(causal=True).area(sizes.queries, sizes.keys, sizes.batch, self.site.heads)
-        return Cost(copies * needed, copies * made, pairs)
-
-    def initial_state(self, batch: int, like: Tensor) -> LightningState:
-        """S before the first token, zero."""
-        size = self.site.head_dim
-        return LightningState(wide(like.new_zeros(batch, self.site.heads, size, size)))
-
-    def advance(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LightningState, keep: Tensor | None, tokens: Tensor | None
-    ) -> tuple[Tensor, LightningState]:
-        """The recurrence, from the state before the segment."""
-        # Positions may give keys more features than the state was made for: nothing is in their rows yet.
-        sums = F.pad(state.sums, (0, 0, 0, k.shape[3] - state.sums.shape[2]))
-        o, sums = self._attend(q, k, v, sums, keep)
-        return o, LightningState(sums)
+    def head_flops(self, tokens: int, size: int) -> tuple[int, int]:
+        """Those of the op."""
+        return flops(tokens, size, size)

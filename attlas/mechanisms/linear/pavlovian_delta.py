@@ -18,20 +18,16 @@ official code; the rule is Rescorla and Wagner's of 1972, the delta rule. The bo
 are a reconstruction.
 """
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
-from attlas.core.mask import Mask
-from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
+from attlas.core.mechanism import Call, Site
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.delta import flops, gated_delta_rule
 from attlas.ops.precision import wide
-from attlas.ops.recurrent import keys_ahead
+from attlas.ops.recurrent import RecurrentAttend, keys_ahead
 
 SPEC = Spec(
     name="pavlovian_delta",
@@ -50,14 +46,8 @@ SPEC = Spec(
 )
 
 
-class DeltaState(NamedTuple):
-    """The transposed M (B, H, D, E)."""
-
-    memory: Tensor
-
-
 @register(SPEC)
-class PavlovianDelta(Attend):
+class PavlovianDelta(RecurrentAttend):
     """An associative memory that corrects itself.
 
     Args:
@@ -73,15 +63,10 @@ class PavlovianDelta(Attend):
         self.rate = rate
         self.rate_logit = nn.Parameter(torch.zeros(site.heads)) if rate is None else None
 
-    def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
-        """Run the op."""
-        ahead = keys_ahead(q_BHND.shape[2], k_BHMD.shape[2])
-        q = F.pad(q_BHND, (0, 0, ahead, 0))  # the first trials are learned and not tested
-        return self._attend(q, k_BHMD, v_BHME, None, call.mask.keys)[0][:, :, ahead:]
-
-    def _attend(
+    def recur(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Run the op."""
         length_BHN1 = wide(k).square().sum(-1, keepdim=True).clamp(min=1)
         beta_BHN = (self._rates(length_BHN1) / length_BHN1).squeeze(-1)
         return gated_delta_rule(q, k, v, beta_BHN, None, state, keep, backend=self.backend)
@@ -109,22 +94,6 @@ class PavlovianDelta(Attend):
                 rows.append((memory_BHED @ q_BHND[:, :, t - ahead, :, None]).squeeze(-1))
         return torch.stack(rows, 2)
 
-    def count(self, sizes: Sizes) -> Cost:
-        """What each token recalls, stores and reads; the torch backend solves triangles of tokens besides."""
-        size = self.site.head_dim
-        copies = sizes.batch * self.site.heads
-        needed, made = flops(sizes.queries, size, size)
-        pairs = Mask(causal=True).area(sizes.queries, sizes.keys, sizes.batch, self.site.heads)
-        return Cost(copies * needed, copies * made, pairs)
-
-    def initial_state(self, batch: int, like: Tensor) -> DeltaState:
-        """Nothing learned."""
-        size = self.site.head_dim
-        return DeltaState(wide(like.new_zeros(batch, self.site.heads, size, size)))
-
-    def advance(
-        self, q: Tensor, k: Tensor, v: Tensor, state: DeltaState, keep: Tensor | None, tokens: Tensor | None
-    ) -> tuple[Tensor, DeltaState]:
-        """The rule, from what was known before the segment."""
-        o, memory = self._attend(q, k, v, state.memory, keep)
-        return o, DeltaState(memory)
+    def head_flops(self, tokens: int, size: int) -> tuple[int, int]:
+        """Those of the op."""
+        return flops(tokens, size, size)

@@ -17,20 +17,17 @@ official code: the constant decay, the default values and the normalisation in t
 """
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.errors import BadInput
-from attlas.core.mask import Mask
-from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
+from attlas.core.mechanism import Call, Site
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.decay import decayed_linear_attention, flops
-from attlas.ops.precision import as_written, wide
-from attlas.ops.recurrent import keys_ahead
+from attlas.ops.precision import as_written
+from attlas.ops.recurrent import RecurrentAttend
 
 SPEC = Spec(
     name="pavlovian_oja",
@@ -50,14 +47,8 @@ SPEC = Spec(
 )
 
 
-class OjaState(NamedTuple):
-    """The transposed M, divided by the rate (B, H, D, E)."""
-
-    sums: Tensor
-
-
 @register(SPEC)
-class PavlovianOja(Attend):
+class PavlovianOja(RecurrentAttend):
     """An associative memory that adds and fades.
 
     Args:
@@ -77,15 +68,10 @@ class PavlovianOja(Attend):
         # No buffer, and not on "meta" with a model that is: it forgets at the same rate in bfloat16.
         self.slopes = torch.full((site.heads,), -math.log1p(-rate * decay), dtype=torch.float64, device="cpu")
 
-    def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, call: Call) -> Tensor:
-        """Run the op."""
-        ahead = keys_ahead(q_BHND.shape[2], k_BHMD.shape[2])
-        q = F.pad(q_BHND, (0, 0, ahead, 0))  # the first keys go into the memory alone
-        return self._attend(q, k_BHMD, v_BHME, None, call.mask.keys)[0][:, :, ahead:]
-
-    def _attend(
+    def recur(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Run the op."""
         slopes = self.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
         with as_written(q):
             o, sums = decayed_linear_attention(q, k, v, slopes, state, keep, backend=self.backend)
@@ -106,22 +92,6 @@ class PavlovianOja(Attend):
                 rows.append((memory_BHED @ q_BHND[:, :, t - ahead, :, None]).squeeze(-1))
         return torch.stack(rows, 2)
 
-    def count(self, sizes: Sizes) -> Cost:
-        """Each token into the memory and out of it; the torch backend weighs the pairs of a block besides."""
-        size = self.site.head_dim
-        copies = sizes.batch * self.site.heads
-        needed, made = flops(sizes.queries, size, size)
-        pairs = Mask(causal=True).area(sizes.queries, sizes.keys, sizes.batch, self.site.heads)
-        return Cost(copies * needed, copies * made, pairs)
-
-    def initial_state(self, batch: int, like: Tensor) -> OjaState:
-        """Nothing learned."""
-        size = self.site.head_dim
-        return OjaState(wide(like.new_zeros(batch, self.site.heads, size, size)))
-
-    def advance(
-        self, q: Tensor, k: Tensor, v: Tensor, state: OjaState, keep: Tensor | None, tokens: Tensor | None
-    ) -> tuple[Tensor, OjaState]:
-        """The recurrence, from what was known before the segment."""
-        o, sums = self._attend(q, k, v, state.sums, keep)
-        return o, OjaState(sums)
+    def head_flops(self, tokens: int, size: int) -> tuple[int, int]:
+        """Those of the op."""
+        return flops(tokens, size, size)
