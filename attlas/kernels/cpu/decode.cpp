@@ -27,8 +27,9 @@ using namespace attlas;
 
 constexpr int64_t TILE = 256;  // keys
 constexpr int GROUP = 4;       // rows that use a value while it is in a register
-constexpr int STRETCH = 2048;  // numbers of keys, then of values, that are read in one go
+constexpr int STRETCH = 16384;         // numbers of keys, then of values, that are read in one go
 constexpr int WEIGHTS = STRETCH / 64;  // room for those of a row and a block of keys
+constexpr int KEYS_AHEAD = 16384, VALUES_AHEAD = 8192;  // bytes, at which a stretch is asked for before it is read
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int64_t WORTH_THREADS = 1 << 17;  // bytes of cache that take longer than waking the other threads
 
@@ -272,8 +273,9 @@ ATTLAS_INLINE void load_two(const bf16* p, vec& first, vec& second) {
     second = (vec)(both & 0xffff0000);
 }
 
-// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features.
-template <int ROWS, int PAIRS, class Values>
+// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features. Where values lie side by side,
+// ASKS for those that follow.
+template <int ROWS, int PAIRS, bool ASKS, class Values>
 ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, const Values& values, int n, int64_t f) {
     vec acc[ROWS][2 * PAIRS];
     for (int r = 0; r < ROWS; ++r)
@@ -281,7 +283,13 @@ ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, co
 #pragma GCC unroll 1
     for (int j = 0; j < n; ++j) {
         vec value[2 * PAIRS];
-        for (int i = 0; i < PAIRS; ++i) load_two(values[j] + f + 2 * i * LANES, value[2 * i], value[2 * i + 1]);
+        for (int i = 0; i < PAIRS; ++i) {
+            const auto* const pair = values[j] + f + 2 * i * LANES;
+            load_two(pair, value[2 * i], value[2 * i + 1]);
+            if constexpr (ASKS)
+                for (unsigned line = 0; line < 2 * LANES * sizeof *pair; line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(pair) + VALUES_AHEAD + line);
+        }
         for (int r = 0; r < ROWS; ++r)
             for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
     }
@@ -289,11 +297,13 @@ ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, co
         for (int i = 0; i < 2 * PAIRS; ++i) store(sum + r * stride + f + i * LANES, acc[r][i]);
 }
 
-template <int ROWS, class Values>
+template <int ROWS, bool ASKS = false, class Values>
 ATTLAS_INLINE void add_values(float* sum, int64_t stride, const float* weights, const Values& values, int n) {
     int64_t f = 0;
-    for (; f + 4 * LANES <= stride; f += 4 * LANES) add_part<ROWS, 2>(sum, stride, weights, values, n, f);
-    for (; f < stride; f += 2 * LANES) add_part<ROWS, 1>(sum, stride, weights, values, n, f);
+    if constexpr (ROWS == 1)  // whole values where the registers hold their sums: memory is read as it lies
+        for (; f + 8 * LANES <= stride; f += 8 * LANES) add_part<ROWS, 4, ASKS>(sum, stride, weights, values, n, f);
+    for (; f + 4 * LANES <= stride; f += 4 * LANES) add_part<ROWS, 2, ASKS>(sum, stride, weights, values, n, f);
+    for (; f < stride; f += 2 * LANES) add_part<ROWS, 1, ASKS>(sum, stride, weights, values, n, f);
 }
 
 template <class Query, class Cache>
@@ -316,11 +326,12 @@ struct Worker {
     }
 
     // Keys and values that lie side by side and have a usual size: whole blocks of keys that all rows see need no list
-    // of addresses, and have loops of known length. A block is so large that memory is read in long stretches.
+    // of addresses, and have loops of known length. A block is so large that memory is read in long stretches, and what
+    // follows is asked for on the way, the keys among the dot products and the values among the sums.
     template <int D>
     void attend_near(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
         constexpr int STEPS = STRETCH / (LANES * D);
-        constexpr int KEYS = STEPS * LANES;
+        constexpr int KEYS = STEPS * LANES, AHEAD = KEYS_AHEAD / (LANES * D * sizeof(Cache));
         const int64_t first = output.visible.first_query, last = first + p.queries - 1;
         for (int64_t i = begin; i < end;) {
             const int64_t place = output.visible.position(i), final = place + KEYS - 1;
@@ -338,7 +349,7 @@ struct Worker {
                 return Step<Near<Cache, D>>{{k + offset}, {v + offset}, {}, LANES};
             };
             for (int number = 0; number < STEPS; ++number)
-                take(output, step(number), step(number + STEPS), std::integral_constant<int64_t, D>(), number);
+                take(output, step(number), step(number + AHEAD), std::integral_constant<int64_t, D>(), number);
             weigh<STEPS>(partial);
             add(output, Step<Near<Cache, D>>{{k}, {v}, {}, KEYS}, partial);
             i += KEYS;
@@ -404,7 +415,8 @@ struct Worker {
         return true;
     }
 
-    // On the way the step `next` is asked for, a line at a time: many requests at once would hold up what follows.
+    // On the way the keys of the step `next` are asked for, a line at a time (and its values, where they lie anywhere):
+    // many requests at once would hold up what follows.
     template <class Q, class Given, class Keys, class Size>
     ATTLAS_INLINE_MEMBER void score_rows(const Output<Cache>& output, const Step<Given>& step, const Step<Given>& next,
                                          const Q* queries, int64_t stride, const Keys& keys, Size size,
@@ -419,7 +431,7 @@ struct Worker {
         };
         const auto ask = [&](int j, int64_t f) {
             __builtin_prefetch(next.k[j] + f);
-            __builtin_prefetch(next.v[j] + f);
+            if constexpr (std::is_same_v<Given, Addresses<Cache>>) __builtin_prefetch(next.v[j] + f);
         };
         const auto nothing = [](int, int64_t) {};
         int64_t row = 0;
@@ -473,9 +485,17 @@ struct Worker {
                     for (int j = 0; j < step.n; ++j)
                         if (sees(p, row_position(output, row), step.position[j]))
                             add_values<1>(sum(row), partial.size, weights(row) + j, values + j, 1);
-        for (; row + GROUP <= p.rows(); row += GROUP)
-            add_values<GROUP>(sum(row), partial.size, weights(row), values, step.n);
-        for (; row < p.rows(); ++row) add_values<1>(sum(row), partial.size, weights(row), values, step.n);
+        constexpr bool NEAR = !std::is_same_v<Given, Addresses<Cache>>;
+        const auto add_rows = [&](auto rows, auto asks) {
+            add_values<rows(), asks()>(sum(row), partial.size, weights(row), values, step.n);
+            row += rows();
+        };
+        constexpr std::integral_constant<int, GROUP> group;
+        constexpr std::integral_constant<int, 1> one;
+        if (NEAR && p.rows() >= GROUP) add_rows(group, std::bool_constant<NEAR>());  // the first rows ask for all
+        else if (NEAR) add_rows(one, std::bool_constant<NEAR>());
+        while (row + GROUP <= p.rows()) add_rows(group, std::false_type());
+        while (row < p.rows()) add_rows(one, std::false_type());
     }
 };
 
