@@ -51,7 +51,7 @@ def test_a_model_decodes_the_same_and_is_put_back():
     """Layers are lent another forward and get their own back, even if what happens inside fails."""
 
     class Own(nn.Linear):
-        pass
+        """Somebody's own layer."""
 
     torch.manual_seed(0)
     model = nn.ModuleList([attlas.mixer("gla", 32, heads=2, causal=True), Own(4, 4), nn.Linear(4, 4)])

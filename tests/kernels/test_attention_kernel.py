@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library
 
 from attlas.core.errors import BackendUnavailable, BadInput
 from attlas.core.mask import Mask
@@ -149,7 +149,7 @@ def test_no_keys():
 def test_as_an_operator(normalised):
     q, k, v = tensors(1, 2, 1, 5, 7, 4, 3, torch.float32)
     keep = torch.tensor([[True] * 5 + [False] * 2])
-    opcheck(torch.ops.attlas.attention, (q, k, v, keep, 0.5, -1.0, True, normalised))
+    library.opcheck(torch.ops.attlas.attention, (q, k, v, keep, 0.5, -1.0, True, normalised))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from attlas.bench import machine
@@ -217,9 +218,9 @@ def test_opcheck(dtype, optional):
     arguments = (*inputs, state, torch.tensor([9, 4])) if optional else (*inputs, None, None)
     for x in (*inputs[:3], *([state] if optional else [])):
         x.requires_grad_()
-    torch.library.opcheck(torch.ops.attlas.decayed_linear_attention.default, arguments)
+    library.opcheck(torch.ops.attlas.decayed_linear_attention.default, arguments)
     backward = (*(x if x is None else x.detach() for x in arguments), inputs[2].detach(), state.detach())
-    torch.library.opcheck(torch.ops.attlas.decayed_linear_attention_backward.default, backward)
+    library.opcheck(torch.ops.attlas.decayed_linear_attention_backward.default, backward)
 
 
 def test_compiles_as_one_graph():
@@ -321,7 +322,7 @@ def test_averages_in_pieces_and_for_torch():
         rows.append(o)
     torch.testing.assert_close(torch.cat(rows, 2), whole)
     torch.testing.assert_close(state, last)
-    torch.library.opcheck(torch.ops.attlas.weighted_average.default, (*(x.requires_grad_() for x in (q, k, v)), None))
+    library.opcheck(torch.ops.attlas.weighted_average.default, (*(x.requires_grad_() for x in (q, k, v)), None))
     with FlopCounterMode(display=False) as counter:
         weighted_average(q, k, v, causal=True, backend="cpu")
     assert counter.get_total_flops() == 2 * 2 * 2 * 2 * 45 * 8 * 7

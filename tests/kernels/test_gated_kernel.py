@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from attlas.bench import machine
@@ -196,7 +197,7 @@ def test_torch_sees_through_it(kind):
         "both ways": torch.ops.attlas.bidirectional_gated_attention,
         "delta": torch.ops.attlas.gated_delta_rule,
     }.get(kind, torch.ops.attlas.gated_linear_attention)
-    torch.library.opcheck(operator.default, tuple(leaves))
+    library.opcheck(operator.default, tuple(leaves))
     compiled = torch.compile(lambda *x: op(*x, backend="cpu"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*leaves), op(*leaves, backend="cpu"))
 

@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
@@ -88,10 +88,10 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.load("attention")
-    for function in (library.attlas_attention_forward, library.attlas_attention_backward):
+    loaded = build.load("attention")
+    for function in (loaded.attlas_attention_forward, loaded.attlas_attention_backward):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
-    return library
+    return loaded
 
 
 def _call(
@@ -150,7 +150,7 @@ def _like(x_BHND: Tensor, heads: int, tokens: int, size: int) -> Tensor:
     return x_BHND.new_empty(batch, heads, tokens, size)
 
 
-@torch.library.custom_op("attlas::attention", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::attention", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -182,7 +182,7 @@ def _forward_fake(
     return _like(q, q.shape[1], q.shape[2], v.shape[3]), lse
 
 
-@torch.library.custom_op("attlas::attention_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
@@ -80,10 +80,10 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.load("decay")
-    for function in (library.attlas_decay_forward, library.attlas_decay_backward):
+    loaded = build.load("decay")
+    for function in (loaded.attlas_decay_forward, loaded.attlas_decay_backward):
         function.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
-    return library
+    return loaded
 
 
 def _call(
@@ -144,7 +144,7 @@ def _empty_state(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attlas::decayed_linear_attention", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::decayed_linear_attention", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def _forward_fake(
     return _like(v), _empty_state(k, v)
 
 
-@torch.library.custom_op("attlas::decayed_linear_attention_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::decayed_linear_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -226,7 +226,7 @@ def weighted_average(
     return o, state
 
 
-@torch.library.custom_op("attlas::weighted_average", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::weighted_average", mutates_args=(), device_types="cpu")
 def _average(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state, totals = _average_fake(q, k, v, state)
     no_decay = q.new_zeros(q.shape[1])

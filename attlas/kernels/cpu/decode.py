@@ -7,7 +7,7 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from attlas.kernels.cpu import build
@@ -73,12 +73,12 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.load("decode")
-    library.attlas_decode.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
-    return library
+    loaded = build.load("decode")
+    loaded.attlas_decode.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
+    return loaded
 
 
-@torch.library.custom_op("attlas::softmax_decode", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::softmax_decode", mutates_args=(), device_types="cpu")
 def _decode(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.errors import BadInput
@@ -77,10 +77,10 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.load("gated")
+    loaded = build.load("gated")
     for kind in ("gated_forward", "gated_both_ways", "gated_backward", "delta_forward", "delta_backward"):
-        getattr(library, f"attlas_{kind}").argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
-    return library
+        getattr(loaded, f"attlas_{kind}").argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
+    return loaded
 
 
 def _call(kind: str, gates: int, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, back: bool = False) -> None:
@@ -124,7 +124,7 @@ def _state_of(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attlas::gated_linear_attention", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::gated_linear_attention", mutates_args=(), device_types="cpu")
 def _gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     results = _gated_fake(q, k, v, g, state)
     _call("gated_forward", g.shape[3], q, k, v, g, state, *results)
@@ -137,7 +137,7 @@ def _gated_fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None
     return _rows(v), _state_of(k, v)
 
 
-@torch.library.custom_op("attlas::gated_linear_attention_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::gated_linear_attention_backward", mutates_args=(), device_types="cpu")
 def _gated_backward(
     q: Tensor,
     k: Tensor,
@@ -184,7 +184,7 @@ _gated.register_autograd(_differentiate_gated, setup_context=_save_gated)
 _gated_backward.register_autograd(once_only)
 
 
-@torch.library.custom_op("attlas::bidirectional_gated_attention", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::bidirectional_gated_attention", mutates_args=(), device_types="cpu")
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, g: Tensor, g_back: Tensor) -> Tensor:
     o = _both_ways_fake(q, k, v, g, g_back)
     _call("gated_both_ways", g.shape[3], q, k, v, g, g_back, o)
@@ -215,7 +215,7 @@ def _differentiate_both_ways(ctx: Any, grad_o: Tensor) -> tuple[Tensor, ...]:
 _both_ways.register_autograd(_differentiate_both_ways, setup_context=_save_both_ways)
 
 
-@torch.library.custom_op("attlas::gated_delta_rule", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::gated_delta_rule", mutates_args=(), device_types="cpu")
 def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     results = _delta_fake(q, k, v, beta, g, state)
     _call("delta_forward", 1, q, k, v, beta, g, state, *results)
@@ -230,7 +230,7 @@ def _delta_fake(
     return _rows(v), _state_of(k, v)
 
 
-@torch.library.custom_op("attlas::gated_delta_rule_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("attlas::gated_delta_rule_backward", mutates_args=(), device_types="cpu")
 def _delta_backward(
     q: Tensor,
     k: Tensor,
