@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import dense_rows, once_only, places
+from attlas.kernels.cpu.arrays import check_attention, dense_rows, like_queries, once_only, places
 
 
 def softmax_attention(
@@ -130,26 +129,6 @@ def _call(
         raise MemoryError("the attention kernel found no memory for its scratch")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> None:
-    shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        raise BadInput(f"q is (B, H, N, D), k (B, G, M, D) and v (B, G, M, E), got {shapes}")
-    if q.shape[3] != k.shape[3] or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise BadInput(f"q and k need one size, and query heads a multiple of key/value heads, got {shapes}")
-    if q.dtype not in (torch.float32, torch.bfloat16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise BadInput(f"q, k, v are all float32 or all bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if keep is not None and (keep.dtype != torch.bool or keep.shape != (q.shape[0], k.shape[2])):
-        raise BadInput(f"keep is bool (B, M), got {keep.dtype} {tuple(keep.shape)} beside {shapes}")
-
-
-def _like(x_BHND: Tensor, heads: int, tokens: int, size: int) -> Tensor:
-    """Uninitialised; (B, N, H, D) in memory where x is, so that merging the heads needs no copy."""
-    batch = x_BHND.shape[0]
-    if x_BHND.transpose(1, 2).is_contiguous() and not x_BHND.is_contiguous():
-        return x_BHND.new_empty(batch, tokens, heads, size).transpose(1, 2)
-    return x_BHND.new_empty(batch, heads, tokens, size)
-
-
 @library.custom_op("attlas::attention", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor,
@@ -177,9 +156,9 @@ def _forward_fake(
     causal: bool,
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, keep)
+    check_attention(q, k, v, keep)
     lse = q.new_empty(*q.shape[:3] if normalised else (0, 0, 0), dtype=torch.float32)
-    return _like(q, q.shape[1], q.shape[2], v.shape[3]), lse
+    return like_queries(q, q.shape[1], q.shape[2], v.shape[3]), lse
 
 
 @library.custom_op("attlas::attention_backward", mutates_args=(), device_types="cpu")
@@ -216,8 +195,8 @@ def _backward_fake(
     causal: bool,
     normalised: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, keep)
-    return tuple(_like(x, *x.shape[1:]) for x in (q, k, v))  # type: ignore[return-value]
+    check_attention(q, k, v, keep)
+    return tuple(like_queries(x, *x.shape[1:]) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,522 @@
+// Softmax attention over some of the pairs, forward and backward: a plan says which queries look at which keys.
+//
+//     s_nm = scale q_n . k_m + bias      o_n = sum_m softmax_m(s_nm) v_m      over the m that n sees
+//
+// A tile is up to 64 queries and the runs of keys that any of them sees; bits say which query sees which key, where not
+// all see all. The lanes of a register are the queries of a tile, wherever they stand; keys and values are packed where
+// they are met, so that nothing is permuted or gathered beforehand. The products are those of attention.cpp.
+//
+// Where a query is in one tile only, the tile finishes it. Where it is in several, they lie in one group, whose tiles
+// are done one after the other, and what was summed so far is kept in the results.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include <omp.h>
+
+#include "product.h"
+
+namespace {
+
+using namespace attlas;
+
+constexpr int QUERIES = 64;  // of a tile
+constexpr int KEYS = 96;     // taken at a time
+static_assert(QUERIES % LANES == 0 && KEYS % ROWS == 0);
+
+// Of lists of lists, `x_start` has one entry more than there are things and says where those of each begin.
+struct Plan {
+    const int64_t* group_start;  // of a plan, groups
+    const int64_t* tile_start;   // of a group, tiles
+    const int32_t* query;         // tokens
+    const int64_t* query_begin;   // of a tile, queries
+    const int64_t* query_end;
+    const int64_t* run_begin;     // of a tile, runs of keys
+    const int64_t* run_end;
+    const int32_t* run_first;   // token, and how many, `step` apart
+    const int32_t* run_count;
+    const int64_t* pattern;     // where a tile's bits begin in `seen`, key by key; -1 if every query sees every key
+    const uint64_t* seen;       // which queries of the tile see a key
+    const int32_t* entry;       // beside `seen`, for each of 64 queries: which bias
+    int64_t plan_batch, plan_head;  // the plan of a head is batch * plan_batch + head * plan_head
+    int32_t step, once;             // whether no query is in two tiles
+};
+
+struct Problem {
+    Plan plan;
+    int64_t batch, heads, groups, queries, keys, key_size, value_size;
+    int64_t query_offset;  // position of the first query among the keys
+    const uint8_t* keep;   // (batch, keys), 0 where a key is padding; null if none is
+    const float* bias;     // (heads, biases), or null
+    int64_t biases, shares, most_groups, work;
+    float scale;
+    int32_t causal, is_bf16, threads;
+
+    int64_t plan_of(int64_t b, int64_t h) const { return b * plan.plan_batch + h * plan.plan_head; }
+    bool parallel() const { return work >= WORTH_THREADS; }
+};
+
+// Calls task(i, scratch of the thread) for i < count. False if there is no memory for the scratch.
+template <class Scratch, class F>
+bool for_all(const Problem& p, int64_t count, F task) {
+    const int threads = p.parallel() ? p.threads : 1;
+    Arena counting{nullptr};
+    Scratch().place(counting, p);
+    const int64_t bytes = counting.used;
+    const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(64, threads * bytes)),
+                                                        std::free);
+    if (!memory) return false;
+    std::memset(memory.get(), 0, threads * bytes);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Arena arena{memory.get() + omp_get_thread_num() * bytes};
+        Scratch scratch;
+        scratch.place(arena, p);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; ++i) task(i, scratch);
+    }
+    return true;
+}
+
+struct Tile {
+    const int32_t* query;
+    int n, columns;  // how many queries, and that rounded up to whole vectors
+    uint64_t full;   // the bits of all queries
+    int64_t run, run_end, pattern;
+
+    Tile(const Plan& plan, int64_t index)
+        : query(plan.query + plan.query_begin[index]),
+          n(int(plan.query_end[index] - plan.query_begin[index])),
+          columns((n + LANES - 1) / LANES * LANES),
+          full(n == 64 ? ~uint64_t{} : (uint64_t{1} << n) - 1),
+          run(plan.run_begin[index]),
+          run_end(plan.run_end[index]),
+          pattern(plan.pattern ? plan.pattern[index] : -1) {}
+};
+
+// Some of the keys that the tile's queries see.
+struct Chunk {
+    int n;
+    int32_t token[KEYS];
+    uint64_t seen[KEYS];
+    int64_t place[KEYS];  // in the pattern
+};
+
+// Goes through the keys of a tile, without those that are padding or that no query sees.
+struct Cursor {
+    const Problem& p;
+    const Tile& tile;
+    const uint8_t* keep;
+    int64_t run, place;
+    int32_t next = 0;
+    int64_t earliest = INT64_MAX;  // position among the tile's queries
+
+    Cursor(const Problem& p, const Tile& tile, int64_t b)
+        : p(p), tile(tile), keep(p.keep ? p.keep + b * p.keys : nullptr), run(tile.run), place(tile.pattern) {
+        if (p.causal)
+            for (int i = 0; i < tile.n; ++i) earliest = std::min(earliest, tile.query[i] + p.query_offset);
+    }
+
+    bool fill(Chunk& chunk) {
+        const Plan& plan = p.plan;
+        chunk.n = 0;
+        while (run < tile.run_end && chunk.n < KEYS) {
+            const int32_t count = plan.run_count[run];
+            for (; next < count && chunk.n < KEYS; ++next) {
+                const int32_t token = plan.run_first[run] + next * plan.step;
+                uint64_t seen = tile.full;
+                const int64_t here = place;
+                if (tile.pattern >= 0) seen &= plan.seen[place++];
+                if (token > earliest) {
+                    uint64_t reached = 0;
+                    for (int i = 0; i < tile.n; ++i)
+                        reached |= uint64_t(tile.query[i] + p.query_offset >= token) << i;
+                    seen &= reached;
+                }
+                if (!seen || (keep && !keep[token])) continue;
+                chunk.token[chunk.n] = token;
+                chunk.seen[chunk.n] = seen;
+                chunk.place[chunk.n++] = here;
+            }
+            if (next == count) {
+                next = 0;
+                ++run;
+            }
+        }
+        return chunk.n;
+    }
+};
+
+// x where the lane's bit is set, else `other`.
+ATTLAS_INLINE vec where(uint64_t bits, vec x, vec other) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_mask_mov_ps((__m512)other, __mmask16(bits), (__m512)x);
+#else
+    vec_u32 lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = uint32_t(bits >> i & 1);
+    return lane != 0 ? x : other;
+#endif
+}
+
+ATTLAS_INLINE vec gather(const float* table, const int32_t* index) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_i32gather_ps(_mm512_loadu_si512(index), table, 4);
+#else
+    vec x;
+    for (int i = 0; i < LANES; ++i) x[i] = table[index[i]];
+    return x;
+#endif
+}
+
+// Makes products scores in powers of two, -inf where a pair is hidden.
+void shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Problem& p, const float* bias) {
+    const float scale = p.scale * LOG2_E;
+    const vec hidden = spread(-INFINITY);
+    for (int j = 0; j < chunk.n; ++j) {
+        const bool all = chunk.seen[j] == tile.full;
+        for (int c = 0; c < tile.columns; c += LANES) {
+            vec x = load(scores[j] + c) * scale;
+            if (bias) x += gather(bias, p.plan.entry + chunk.place[j] * QUERIES + c) * LOG2_E;
+            if (!all) x = where(chunk.seen[j] >> c, x, hidden);
+            store(scores[j] + c, x);
+        }
+    }
+}
+
+void hide(Matrix<float> x, const Chunk& chunk, const Tile& tile) {
+    for (int j = 0; j < chunk.n; ++j)
+        if (chunk.seen[j] != tile.full)
+            for (int c = 0; c < tile.columns; c += LANES)
+                store(x[j] + c, where(chunk.seen[j] >> c, load(x[j] + c), vec{}));
+}
+
+// Of the rows of all heads, (batch, groups, tokens): whether one is finite.
+struct Finite {
+    std::unique_ptr<uint8_t[]> flags;
+
+    template <class In>
+    Finite(const Problem& p, const Array& array, int width, const In*)
+        : flags(new uint8_t[p.batch * p.groups * p.keys]) {
+#pragma omp parallel for num_threads(p.threads) if (p.parallel())
+        for (int64_t i = 0; i < p.batch * p.groups * p.keys; ++i)
+            flags[i] = finite(array.rows<const In>(i / p.keys / p.groups, i / p.keys % p.groups)[i % p.keys], width);
+    }
+    const uint8_t* of(const Problem& p, int64_t b, int64_t g) const { return flags.get() + (b * p.groups + g) * p.keys; }
+};
+
+template <class In, class Unit>
+void pack_keys(Rows<const In> rows, const Chunk& chunk, int width, Matrix<Unit> out) {
+    for (int j = 0; j < chunk.n; ++j) pack_row(rows[chunk.token[j]], width, out[j]);
+}
+
+// Units of neighbouring keys, with zeros for those that use(j) excludes.
+template <class In, class Unit, class F>
+void pack_key_pairs(Rows<const In> rows, const Chunk& chunk, int width, const In* zeros, Matrix<Unit> out, F use) {
+    const auto row = [&](int j) { return j < chunk.n && use(j) ? rows[chunk.token[j]] : zeros; };
+    for (int j = 0; j < chunk.n; j += STEP<Unit>) pack_rows(row(j), row(j + 1), width, out[j / STEP<Unit>]);
+}
+
+// Units of the tile's rows, transposed: lanes are queries. `rows` is scratch.
+template <class In, class Unit>
+void pack_lanes(Rows<const In> in, const Tile& tile, int width, Matrix<Unit> rows, Matrix<Unit> out) {
+    for (int r = 0; r < tile.n; ++r) pack_row(in[tile.query[r]], width, rows[r]);
+    turn({(const float*)rows.data, rows.stride}, tile.n, int(units<Unit>(width)), {(float*)out.data, out.stride});
+}
+
+template <class Unit>
+struct ForwardScratch {
+    Matrix<Unit> rows, queries, keys, values, weights;
+    Matrix<float> scores, sum, results, largest, total;
+    Matrix<bf16> zeros;
+
+    void place(Arena& arena, const Problem& p) {
+        const int64_t d = padded(p.key_size), e = padded(p.value_size);
+        arena.place(rows, QUERIES, d);
+        arena.place(queries, d, QUERIES);
+        arena.place(keys, KEYS, d);
+        arena.place(values, KEYS, e);
+        arena.place(weights, KEYS, QUERIES);
+        arena.place(scores, KEYS + 1, QUERIES);
+        arena.place(sum, e, QUERIES);
+        arena.place(results, QUERIES, e);
+        arena.place(largest, 1, QUERIES);
+        arena.place(total, 1, QUERIES);
+        arena.place(zeros, 2, e);
+    }
+};
+
+// Adds what the tile's keys give to the sums of its queries.
+template <class In, class Unit>
+void attend(const Problem& p, const Tile& tile, int64_t b, Rows<const In> k_rows, Rows<const In> v_rows,
+            const uint8_t* finite, const float* bias, const ForwardScratch<Unit>& w) {
+    const int D = p.key_size, E = p.value_size;
+    Cursor cursor(p, tile, b);
+    for (Chunk chunk; cursor.fill(chunk);) {
+        pack_keys(k_rows, chunk, D, w.keys);
+        multiply(w.scores, chunk.n, tile.columns, w.keys.data, w.keys.stride, 1, w.queries, int(units<Unit>(D)), false);
+        shape(w.scores, chunk, tile, p, bias);
+        const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
+        if (n > chunk.n) std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
+        soften<Unit>(w, n, tile.columns, E, 1.0f);
+
+        // What is not finite must reach the queries that see it and no other: such rows are multiplied as zeros and
+        // added pair by pair.
+        const auto plain = [&](int j) { return chunk.seen[j] == tile.full || finite[chunk.token[j]]; };
+        pack_key_pairs(v_rows, chunk, E, (const In*)w.zeros.data, w.values, plain);
+        multiply(w.sum, E, tile.columns, w.values.data, 1, w.values.stride, w.weights, n / STEP<Unit>, true);
+        for (int j = 0; j < chunk.n; ++j)
+            if (!plain(j))
+                for (int f = 0; f < E; ++f)
+                    for (int i = 0; i < tile.n; ++i)
+                        if (chunk.seen[j] >> i & 1) w.sum[f][i] += w.scores[j][i] * to_float(v_rows[chunk.token[j]][f]);
+    }
+}
+
+template <class Unit>
+void normalise(const ForwardScratch<Unit>& w, int columns, int value_size) {
+    for (int c = 0; c < columns; c += LANES) {
+        const vec total = load(w.total[0] + c);
+        const vec inverse = total == 0.0f ? vec{} : 1.0f / total;
+        for (int f = 0; f < value_size; ++f) store(w.sum[f] + c, load(w.sum[f] + c) * inverse);
+    }
+}
+
+// arrays: q, k, v; results o, lse. Where queries are in several tiles o is float and 0, lse -inf, and `totals` is
+// (batch, heads, queries) and 0.
+template <class In>
+bool forward(const Problem& p, const Array* arrays, float* totals) {
+    using Unit = unit_of<In>;
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4];
+    const int D = p.key_size, E = p.value_size;
+    const int64_t shared = p.heads / p.groups;
+    const Finite finite_values(p, v, E, (const In*)nullptr);
+
+    return for_all<ForwardScratch<Unit>>(p, p.batch * p.heads * p.most_groups, [&](int64_t i, auto& w) {
+        const int64_t b = i / p.most_groups / p.heads, h = i / p.most_groups % p.heads, plan = p.plan_of(b, h);
+        const int64_t group = p.plan.group_start[plan] + i % p.most_groups;
+        if (group >= p.plan.group_start[plan + 1]) return;
+        const auto k_rows = k.rows<const In>(b, h / shared), v_rows = v.rows<const In>(b, h / shared);
+        const float* bias = p.bias ? p.bias + h * p.biases : nullptr;
+        float* const logs = lse.rows<float>(b, h).first;
+        float* const total_of = totals + (b * p.heads + h) * p.queries;
+
+        for (int64_t index = p.plan.tile_start[group]; index < p.plan.tile_start[group + 1]; ++index) {
+            const Tile tile(p.plan, index);
+            pack_lanes(q.rows<const In>(b, h), tile, D, w.rows, w.queries);
+            if (p.plan.once) {
+                std::fill_n(w.largest[0], QUERIES, -INFINITY);
+                std::fill_n(w.total[0], QUERIES, 0.0f);
+                std::fill_n(w.sum[0], padded(E) * QUERIES, 0.0f);
+                attend<In>(p, tile, b, k_rows, v_rows, finite_values.of(p, b, h / shared), bias, w);
+                normalise(w, tile.columns, E);
+                turn_out(w.sum, tile.n, E, 1.0f, Rows<float>{w.results.data, w.results.stride});
+                const auto o_rows = o.rows<In>(b, h);
+                for (int r = 0; r < tile.n; ++r) {
+                    for (int f = 0; f < E; f += LANES)
+                        store_first(o_rows[tile.query[r]] + f, load(w.results[r] + f), E - f);
+                    logs[tile.query[r]] = w.largest[0][r] * LN_2 + std::log(w.total[0][r]);
+                }
+                continue;
+            }
+            const auto sums = o.rows<float>(b, h);
+            for (int r = 0; r < tile.n; ++r) {
+                std::copy_n(sums[tile.query[r]], E, w.results[r]);
+                w.largest[0][r] = logs[tile.query[r]];
+                w.total[0][r] = total_of[tile.query[r]];
+            }
+            turn({w.results.data, w.results.stride}, tile.n, E, w.sum);
+            attend<In>(p, tile, b, k_rows, v_rows, finite_values.of(p, b, h / shared), bias, w);
+            turn_out(w.sum, tile.n, E, 1.0f, Rows<float>{w.results.data, w.results.stride});
+            for (int r = 0; r < tile.n; ++r) {
+                std::copy_n(w.results[r], E, sums[tile.query[r]]);
+                logs[tile.query[r]] = w.largest[0][r];
+                total_of[tile.query[r]] = w.total[0][r];
+            }
+        }
+    });
+}
+
+// After the last tile: sums become averages and largest scores the logarithm of the sum of exp(s).
+void finish(const Problem& p, const Array& o, const Array& lse, const float* totals) {
+#pragma omp parallel for num_threads(p.threads) if (p.parallel())
+    for (int64_t head = 0; head < p.batch * p.heads; ++head) {
+        const int64_t b = head / p.heads, h = head % p.heads;
+        const auto sums = o.rows<float>(b, h);
+        float* const logs = lse.rows<float>(b, h).first;
+        for (int64_t n = 0; n < p.queries; ++n) {
+            const float total = totals[head * p.queries + n], inverse = total == 0.0f ? 0.0f : 1.0f / total;
+            for (int64_t f = 0; f < p.value_size; ++f) sums[n][f] *= inverse;
+            logs[n] = logs[n] * LN_2 + std::log(total);
+        }
+    }
+}
+
+template <class Unit>
+struct BackwardScratch {
+    Matrix<Unit> rows, q_lanes, q_pairs, grad_lanes, grad_pairs, keys, key_pairs, values;
+    Matrix<Unit> weight_rows, dscore_rows, dscores;
+    Matrix<float> scores, dweights, dq, dq_rows, dk, dv, lse, delta;
+    Matrix<bf16> zeros;
+
+    void place(Arena& arena, const Problem& p) {
+        const int64_t d = padded(p.key_size), e = padded(p.value_size), largest = std::max(d, e);
+        arena.place(rows, QUERIES, largest);
+        arena.place(q_lanes, d, QUERIES);
+        arena.place(q_pairs, QUERIES, d);
+        arena.place(grad_lanes, e, QUERIES);
+        arena.place(grad_pairs, QUERIES, e);
+        arena.place(keys, KEYS, d);
+        arena.place(key_pairs, KEYS, d);
+        arena.place(values, KEYS, e);
+        arena.place(weight_rows, KEYS, QUERIES);
+        arena.place(dscore_rows, KEYS, QUERIES);
+        arena.place(dscores, KEYS, QUERIES);
+        arena.place(scores, KEYS + 1, QUERIES);
+        arena.place(dweights, KEYS + 1, QUERIES);
+        arena.place(dq, d, QUERIES);
+        arena.place(dq_rows, QUERIES, d);
+        arena.place(dk, KEYS, d);
+        arena.place(dv, KEYS, e);
+        arena.place(lse, 1, QUERIES);
+        arena.place(delta, 1, QUERIES);
+        arena.place(zeros, 2, largest);
+    }
+};
+
+// Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys.
+template <class Unit>
+void differentiate(const BackwardScratch<Unit>& w, int n, int columns) {
+    for (int j = 0; j < n; j += STEP<Unit>)
+        for (int c = 0; c < columns; c += LANES) {
+            vec dscore[2];
+            for (int i = 0; i < STEP<Unit>; ++i) {
+                const vec weight = exp2(load(w.scores[j + i] + c) - load(w.lse[0] + c));
+                dscore[i] = weight * (load(w.dweights[j + i] + c) - load(w.delta[0] + c));
+                store_row(w.weight_rows[j + i] + c / STEP<Unit>, weight);
+                store_row(w.dscore_rows[j + i] + c / STEP<Unit>, dscore[i]);
+                store(w.scores[j + i] + c, dscore[i]);
+            }
+            store_units(w.dscores[j / STEP<Unit>] + c, dscore[0], dscore[1]);
+        }
+}
+
+ATTLAS_INLINE void add_row(float* out, const float* x, float factor, int width) {
+    for (int f = 0; f < width; f += LANES)
+        store_first(out + f, load_first(out + f, width - f) + load(x + f) * factor, width - f);
+}
+
+// arrays: q, k, v, o, lse, do; results dq, dk, dv, dbias, all float and 0 before. dk and dv have a leading axis of
+// `shares`, dbias is (batch * shares, heads, biases); the caller adds these up.
+template <class In>
+bool backward(const Problem& p, const Array* arrays) {
+    using Unit = unit_of<In>;
+    const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4], &grad = arrays[5];
+    const Array &dq = arrays[6], &dk = arrays[7], &dv = arrays[8], &dbias = arrays[9];
+    const int D = p.key_size, E = p.value_size;
+    const int64_t shared = p.heads / p.groups, d = padded(D), e = padded(E);
+
+    const Finite finite_keys(p, k, D, (const In*)nullptr);
+
+    return for_all<BackwardScratch<Unit>>(p, p.batch * p.groups * p.shares, [&](int64_t i, auto& w) {
+        const int64_t b = i / p.shares / p.groups, g = i / p.shares % p.groups, share = i % p.shares;
+        const auto k_rows = k.rows<const In>(b, g), v_rows = v.rows<const In>(b, g);
+        const auto dk_rows = dk.rows<float>(share * p.batch + b, g), dv_rows = dv.rows<float>(share * p.batch + b, g);
+        const auto zeros = (const In*)w.zeros.data;
+        const uint8_t* const finite = finite_keys.of(p, b, g);
+
+        for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
+            const auto q_rows = q.rows<const In>(b, h), o_rows = o.rows<const In>(b, h);
+            const auto grad_rows = grad.rows<const In>(b, h);
+            const auto dq_rows = dq.rows<float>(b, h);
+            const float* const logs = lse.rows<const float>(b, h).first;
+            const float* bias = p.bias ? p.bias + h * p.biases : nullptr;
+            float* const dbias_of = p.bias ? dbias.rows<float>(b * p.shares + share, h).first : nullptr;
+            const int64_t plan = p.plan_of(b, h);
+            for (int64_t group = p.plan.group_start[plan] + share; group < p.plan.group_start[plan + 1];
+                 group += p.shares)
+                for (int64_t index = p.plan.tile_start[group]; index < p.plan.tile_start[group + 1]; ++index) {
+                    const Tile tile(p.plan, index);
+                    pack_lanes(q_rows, tile, D, w.rows, w.q_lanes);
+                    pack_lanes(grad_rows, tile, E, w.rows, w.grad_lanes);
+                    const auto pack_pairs = [&](Rows<const In> in, int width, Matrix<Unit> out) {
+                        for (int r = 0; r < tile.n; r += STEP<Unit>) {
+                            const In* next = r + 1 < tile.n ? in[tile.query[r + 1]] : zeros;
+                            pack_rows(in[tile.query[r]], next, width, out[r / STEP<Unit>]);
+                        }
+                    };
+                    pack_pairs(q_rows, D, w.q_pairs);
+                    pack_pairs(grad_rows, E, w.grad_pairs);
+                    for (int r = 0; r < QUERIES; ++r) {
+                        const bool real = r < tile.n;
+                        const int64_t token = real ? tile.query[r] : 0;
+                        // A query that sees nothing has no weights.
+                        w.lse[0][r] = real && logs[token] != -INFINITY ? logs[token] * LOG2_E : INFINITY;
+                        float sum = 0;
+                        for (int f = 0; real && f < E; ++f)
+                            sum += to_float(o_rows[token][f]) * to_float(grad_rows[token][f]);
+                        w.delta[0][r] = sum;
+                    }
+                    std::fill_n(w.dq[0], d * QUERIES, 0.0f);
+
+                    Cursor cursor(p, tile, b);
+                    for (Chunk chunk; cursor.fill(chunk);) {
+                        const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
+                        pack_keys(k_rows, chunk, D, w.keys);
+                        pack_keys(v_rows, chunk, E, w.values);
+                        // A key that is not finite makes the weights of those who see it so; to others it is nothing.
+                        pack_key_pairs(k_rows, chunk, D, zeros, w.key_pairs, [&](int j) {
+                            return chunk.seen[j] == tile.full || finite[chunk.token[j]];
+                        });
+                        multiply(w.scores, chunk.n, tile.columns, w.keys.data, d, 1, w.q_lanes, int(units<Unit>(D)),
+                                 false);
+                        multiply(w.dweights, chunk.n, tile.columns, w.values.data, e, 1, w.grad_lanes,
+                                 int(units<Unit>(E)), false);
+                        shape(w.scores, chunk, tile, p, bias);
+                        hide(w.dweights, chunk, tile);
+                        if (n > chunk.n) {
+                            std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
+                            std::fill_n(w.dweights[chunk.n], tile.columns, 0.0f);
+                        }
+                        differentiate(w, n, tile.columns);
+                        if (bias)
+                            for (int j = 0; j < chunk.n; ++j)
+                                for (int r = 0; r < tile.n; ++r)
+                                    dbias_of[p.plan.entry[chunk.place[j] * QUERIES + r]] += w.scores[j][r];
+                        const int query_units = int(units<Unit>(tile.n));
+                        multiply(w.dv, chunk.n, (E + LANES - 1) / LANES * LANES, w.weight_rows.data, QUERIES, 1,
+                                 w.grad_pairs, query_units, false);
+                        multiply(w.dk, chunk.n, (D + LANES - 1) / LANES * LANES, w.dscore_rows.data, QUERIES, 1,
+                                 w.q_pairs, query_units, false);
+                        multiply(w.dq, D, tile.columns, w.key_pairs.data, 1, d, w.dscores, n / STEP<Unit>, true);
+                        for (int j = 0; j < chunk.n; ++j) {
+                            add_row(dk_rows[chunk.token[j]], w.dk[j], p.scale, D);
+                            add_row(dv_rows[chunk.token[j]], w.dv[j], 1.0f, E);
+                        }
+                    }
+                    turn_out(w.dq, tile.n, D, p.scale, Rows<float>{w.dq_rows.data, w.dq_rows.stride});
+                    for (int r = 0; r < tile.n; ++r) add_row(dq_rows[tile.query[r]], w.dq_rows[r], 1.0f, D);
+                }
+        }
+    });
+}
+
+}  // namespace
+
+// Both return 0, or 1 if there is no memory for their scratch. Inputs are bf16 or float (batch, heads or groups, tokens,
+// size); lse, the logarithm of the sum of exp(s), is float (batch, heads, queries).
+extern "C" {
+
+// arrays: q, k, v; results o, lse.
+int attlas_tiles_forward(const Problem* p, const Array* arrays, float* totals) {
+    if (!(p->is_bf16 ? forward<bf16>(*p, arrays, totals) : forward<float>(*p, arrays, totals))) return 1;
+    if (!p->plan.once) finish(*p, arrays[3], arrays[4], totals);
+    return 0;
+}
+
+// arrays: q, k, v, o, lse, gradient of o; results gradients of q, k, v and the bias.
+int attlas_tiles_backward(const Problem* p, const Array* arrays) {
+    return !(p->is_bf16 ? backward<bf16>(*p, arrays) : backward<float>(*p, arrays));
+}
+}
