@@ -108,6 +108,18 @@ class Axis:
         position = key.clamp(min=0) * self.dilation + (query % self.dilation).unsqueeze(1)
         return Windows(position, seen, ahead + self.reach)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key that each position sees, both (length,); those between are `dilation` apart."""
+        query = torch.arange(self.length)
+        place, leader, size = self._group(query)
+        if self.causal:
+            first, last = (leader - (self.window - 1)).clamp(min=0), place
+        else:
+            first = (leader - self.window // 2).clamp(min=0).minimum(size - self.window)
+            last = first + self.window - 1
+        line = query % self.dilation
+        return first * self.dilation + line, last * self.dilation + line
+
     def lines(self) -> list[range]:
         """The positions in runs, `dilation` apart, whose queries see no key of another run."""
         return [range(first, self.length, self.dilation) for first in range(self.dilation)]
@@ -186,6 +198,11 @@ class Block:
         key = first - self.halo + torch.arange(self.window + 2 * self.halo, device=device)
         seen = (key >= 0) & (key < (end + self.halo).clamp(max=self.length))
         return Windows(key.clamp(0, self.length - 1), seen, (key - query + self.reach).clamp(0, 2 * self.reach))
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key that each position sees, both (length,)."""
+        first, end = self._borders(torch.arange(self.length))
+        return (first - self.halo).clamp(min=0), (end - 1 + self.halo).clamp(max=self.length - 1)
 
     def lines(self) -> list[range]:
         """The blocks."""

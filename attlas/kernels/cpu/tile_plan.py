@@ -73,12 +73,32 @@ class Plan(NamedTuple):
 
 
 class _AxisTile(NamedTuple):
-    """Some queries of one axis and all keys that they see: positions, visibility and bias entries (n, U)."""
+    """Some queries of one axis, the first and last key that each of them sees, and all these keys."""
 
+    axis: Axis | Block
     query: Ints
+    low: Ints
+    high: Ints
     key: Ints
-    seen: NDArray[np.bool_]
-    entry: Ints
+
+    @property
+    def form(self) -> bytes:
+        """What tiles have in common that differ in their place alone."""
+        return (np.stack([self.query, self.low, self.high]) - self.key[0]).tobytes() + bytes(
+            f"{len(self.key)}", "ascii"
+        )
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Which query sees which key, (n, U)."""
+        return (self.key >= self.low[:, None]) & (self.key <= self.high[:, None])
+
+    @property
+    def entry(self) -> Ints:
+        """The place in the axis's bias table, (n, U)."""
+        axis = self.axis
+        ahead = self.key // axis.dilation - self.query[:, None] // axis.dilation
+        return (ahead + axis.reach).clip(0, 2 * axis.reach)
 
 
 class _Line:
@@ -95,20 +115,16 @@ class _Line:
         return int((span // self.axis.dilation + 1).sum())
 
     def tiles(self, size: int) -> Iterator[_AxisTile]:
-        axis = self.axis
+        """Tiles of up to `size` queries."""
         for start in range(0, len(self.query), size):
-            part = slice(start, start + size)
-            query, low, high = self.query[part, None], self.low[part, None], self.high[part, None]
-            key = np.arange(low.min(), high.max() + 1, axis.dilation)
-            entry = (key // axis.dilation - query // axis.dilation + axis.reach).clip(0, 2 * axis.reach)
-            yield _AxisTile(query[:, 0], key, (key >= low) & (key <= high), entry)
+            query, low, high = (x[start : start + size] for x in (self.query, self.low, self.high))
+            key = np.arange(low.min(), high.max() + 1, self.axis.dilation)
+            yield _AxisTile(self.axis, query, low, high, key)
 
 
 def _lines(axis: Axis | Block, queries: int) -> list[_Line]:
     """The lines of an axis, with the last `queries` positions as queries."""
-    windows = axis.windows(axis.length)
-    key, seen = windows.key.numpy(), windows.seen.numpy()
-    low, high = np.where(seen, key, axis.length).min(1), np.where(seen, key, -1).max(1)
+    low, high = (bound.numpy() for bound in axis.bounds())
     first = axis.length - queries
     lines = [line[max(0, -(-(first - line.start) // line.step)) :] for line in axis.lines()]
     return [_Line(axis, line, low, high) for line in lines if line]
@@ -220,7 +236,7 @@ def plan_axes(axes: tuple[Axis | Block, ...], queries: int, prefix: int, context
         firsts = [part.key * stride for part, stride in zip(parts[:-1], strides, strict=False)]
         first = _outer_sum([*firsts, parts[-1].key[:1]]) + common
         runs = np.concatenate([in_front, np.stack([first, np.full_like(first, len(parts[-1].key))], 1)])
-        key = tuple((part.seen.shape, part.seen.tobytes(), part.entry[0, 0]) for part in parts)
+        key = tuple(part.form for part in parts)
         if key in builder.known:
             builder.add(query, runs, builder.known[key])
             continue

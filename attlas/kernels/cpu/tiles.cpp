@@ -170,26 +170,28 @@ ATTLAS_INLINE vec gather(const float* table, const int32_t* index) {
 #endif
 }
 
-// Makes products scores in powers of two, -inf where a pair is hidden.
-void shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Problem& p, const float* bias) {
-    const float scale = p.scale * LOG2_E;
-    const vec hidden = spread(-INFINITY);
-    for (int j = 0; j < chunk.n; ++j) {
-        const bool all = chunk.seen[j] == tile.full;
-        for (int c = 0; c < tile.columns; c += LANES) {
-            vec x = load(scores[j] + c) * scale;
-            if (bias) x += gather(bias, p.plan.entry + chunk.place[j] * QUERIES + c) * LOG2_E;
-            if (!all) x = where(chunk.seen[j] >> c, x, hidden);
-            store(scores[j] + c, x);
-        }
-    }
-}
-
-void hide(Matrix<float> x, const Chunk& chunk, const Tile& tile) {
+// Sets what hidden pairs hold.
+void hide(Matrix<float> x, const Chunk& chunk, const Tile& tile, float value) {
     for (int j = 0; j < chunk.n; ++j)
         if (chunk.seen[j] != tile.full)
             for (int c = 0; c < tile.columns; c += LANES)
-                store(x[j] + c, where(chunk.seen[j] >> c, load(x[j] + c), vec{}));
+                store(x[j] + c, where(chunk.seen[j] >> c, load(x[j] + c), spread(value)));
+}
+
+// Adds the biases to products and hides pairs; returns the factor that is left to make them scores in powers of two.
+float shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Problem& p, const float* bias) {
+    float factor = p.scale * LOG2_E;
+    if (bias || factor <= 0.0f) {  // a factor that is left must leave -inf what it is
+        for (int j = 0; j < chunk.n; ++j)
+            for (int c = 0; c < tile.columns; c += LANES) {
+                vec x = load(scores[j] + c) * factor;
+                if (bias) x += gather(bias, p.plan.entry + chunk.place[j] * QUERIES + c) * LOG2_E;
+                store(scores[j] + c, x);
+            }
+        factor = 1.0f;
+    }
+    hide(scores, chunk, tile, -INFINITY);
+    return factor;
 }
 
 // Of the rows of all heads, (batch, groups, tokens): whether one is finite.
@@ -256,10 +258,10 @@ void attend(const Problem& p, const Tile& tile, int64_t b, Rows<const In> k_rows
     for (Chunk chunk; cursor.fill(chunk);) {
         pack_keys(k_rows, chunk, D, w.keys);
         multiply(w.scores, chunk.n, tile.columns, w.keys.data, w.keys.stride, 1, w.queries, int(units<Unit>(D)), false);
-        shape(w.scores, chunk, tile, p, bias);
+        const float factor = shape(w.scores, chunk, tile, p, bias);
         const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
         if (n > chunk.n) std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
-        soften<Unit>(w, n, tile.columns, E, 1.0f);
+        soften<Unit>(w, n, tile.columns, E, factor);
 
         // What is not finite must reach the queries that see it and no other: such rows are multiplied as zeros and
         // added pair by pair.
@@ -387,12 +389,12 @@ struct BackwardScratch {
 
 // Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys.
 template <class Unit>
-void differentiate(const BackwardScratch<Unit>& w, int n, int columns) {
+void differentiate(const BackwardScratch<Unit>& w, int n, int columns, float factor) {
     for (int j = 0; j < n; j += STEP<Unit>)
         for (int c = 0; c < columns; c += LANES) {
             vec dscore[2];
             for (int i = 0; i < STEP<Unit>; ++i) {
-                const vec weight = exp2(load(w.scores[j + i] + c) - load(w.lse[0] + c));
+                const vec weight = exp2(load(w.scores[j + i] + c) * factor - load(w.lse[0] + c));
                 dscore[i] = weight * (load(w.dweights[j + i] + c) - load(w.delta[0] + c));
                 store_row(w.weight_rows[j + i] + c / STEP<Unit>, weight);
                 store_row(w.dscore_rows[j + i] + c / STEP<Unit>, dscore[i]);
@@ -473,13 +475,13 @@ bool backward(const Problem& p, const Array* arrays) {
                                  false);
                         multiply(w.dweights, chunk.n, tile.columns, w.values.data, e, 1, w.grad_lanes,
                                  int(units<Unit>(E)), false);
-                        shape(w.scores, chunk, tile, p, bias);
-                        hide(w.dweights, chunk, tile);
+                        const float factor = shape(w.scores, chunk, tile, p, bias);
+                        hide(w.dweights, chunk, tile, 0.0f);
                         if (n > chunk.n) {
                             std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
                             std::fill_n(w.dweights[chunk.n], tile.columns, 0.0f);
                         }
-                        differentiate(w, n, tile.columns);
+                        differentiate(w, n, tile.columns, factor);
                         if (bias)
                             for (int j = 0; j < chunk.n; ++j)
                                 for (int r = 0; r < tile.n; ++r)
