@@ -291,6 +291,15 @@ def test_time_chart_has_a_mark_for_every_result(page, records, measure):
     assert all(mark.attributes["data-tip"] for mark in marks)
 
 
+def test_pairs_are_drawn_against_time(page, records):
+    (figure,) = figure_called(page, "Time against visible pairs, forward")
+    results = speed_results(records, "forward")
+    assert len(figure.all("use", "mark")) == len(results)
+    tips = [mark.attributes["data-tip"] for mark in figure.all("use", "mark")]
+    assert sum("visible pairs" in tip for tip in tips) == len(results)
+    assert len({tip.splitlines()[-1] for tip in tips}) > len(results) / 2
+
+
 def test_quality_charts(page):
     for title in ("Bits per byte against training time", "Accuracy against state per sequence"):
         (figure,) = figure_called(page, title)

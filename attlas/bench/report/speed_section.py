@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
+from typing import NamedTuple
 
 from attlas.bench.efficiency import EfficiencyLength
 from attlas.bench.records import Failure, Measure, SpeedResult
@@ -17,6 +18,18 @@ Value = Callable[[SpeedResult], float]
 
 PEAK = Axis("peak memory of a call", numbers.short_memory, log=True, base=2)
 STATE = Axis("state", numbers.short_memory, log=True, base=2)
+
+
+class Across(NamedTuple):
+    """What a chart's horizontal axis holds, of a number of tokens and what was measured there."""
+
+    what: str
+    of: Callable[[int, SpeedResult], int]
+    text: Callable[[float], str]
+
+
+TOKENS = Across("tokens", lambda tokens, _: tokens, numbers.tokens)
+PAIRS = Across("visible pairs", lambda _, result: result.pairs, numbers.count)
 
 
 def speed_section(sweep: SpeedTable, looks: Looks) -> str:
@@ -63,6 +76,8 @@ def _charts(sweep: SpeedTable, looks: Looks) -> Iterable[str]:
             yield _chart(sweep, measure, f"Peak memory, {measure}", PEAK, _peak, numbers.memory, looks)
         title, axis, share = _share(measure)
         yield _chart(sweep, measure, f"{title}, {measure}", axis, share, numbers.percent, looks)
+        title, note = f"Time against visible pairs, {measure}", "Of mechanisms that say which query sees which key."
+        yield _chart(sweep, measure, title, time, _time, numbers.seconds, looks, note=note, across=PAIRS)
 
 
 def _time(result: SpeedResult) -> float:
@@ -96,28 +111,32 @@ def _chart(
     looks: Looks,
     rings: Iterable[Ring] = (),
     note: str = "",
+    across: Across = TOKENS,
 ) -> str:
-    """A cost against tokens, both logarithmic; "" where nothing is positive."""
+    """A cost against tokens or pairs, both logarithmic; "" where nothing is positive."""
     series = []
     for name in sweep.rows:
         points = []
         for tokens, result in sweep.results(name, measure).items():
             height, times = value(result), result.times
+            place = across.of(tokens, result)
             tip = f"{name}\n{tokens:,} tokens\n{text(height)}"
-            point = Point(tokens, height, tip=tip)
+            if across is not TOKENS:
+                tip += f"\n{place:,} {across.what}"
+            point = Point(place, height, tip=tip)
             if value is _time:
                 tip += f" ({text(times.lower)} to {text(times.upper)})"
-                point = Point(tokens, height, times.lower, times.upper, tip)
-            if height > 0:
+                point = Point(place, height, times.lower, times.upper, tip)
+            if height > 0 and place > 0:
                 points.append(point)
         if points:
             series.append(Series(name, looks[name], points))
     if not series:
         return ""
-    lengths = sorted({point.x for each in series for point in each.points})
+    lengths = sorted({point.x for each in series for point in each.points}) if across is TOKENS else []
     picture = chart(
         series,
-        Axis("tokens", numbers.tokens, log=True, ticks=lengths),
+        Axis(across.what, across.text, log=True, ticks=lengths),
         axis,
         title=title,
         description=f"{sweep.setting}; {len(series)} mechanisms, the numbers are in the tables below",
