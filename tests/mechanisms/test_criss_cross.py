@@ -65,6 +65,24 @@ def test_the_second_pass_has_the_weights_of_the_first():
     assert torch.allclose(twice(x, **grid), once(once(x, **grid), **grid), rtol=0, atol=1e-12)
 
 
+def test_more_passes_take_no_more_parameters():
+    counts = {sum(p.numel() for p in build(recurrence=passes).parameters()) for passes in (1, 2, 3)}
+    assert counts == {2 * (16 * 2 + 2) + 16 * 16 + 16 + 1}
+
+
+def test_equals_two_sets_of_energies_with_the_own_place_blotted_out_of_one():
+    layer, (height, width) = build(recurrence=1), (5, 4)
+    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    q, k, v = (proj(x).unflatten(1, (height, width)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    column = torch.einsum("bhwc,bgwc->bhwg", q, k)
+    column = column.masked_fill(torch.eye(height, dtype=torch.bool)[:, None], -torch.inf)
+    row = torch.einsum("bhwc,bhuc->bhwu", q, k)
+    down, across = torch.cat([column, row], -1).softmax(-1).split([height, width], -1)
+    out = torch.einsum("bhwg,bgwc->bhwc", down, v) + torch.einsum("bhwu,bhuc->bhwc", across, v)
+    got = layer(x, grid=(height, width))
+    torch.testing.assert_close(got, 0.7 * out.flatten(1, 2) + x, rtol=0, atol=1e-12)
+
+
 def test_costs_two_percent_of_non_local_attention_at_the_published_crop():
     side, positions = 97, 97 * 97
     layer = attlas.mixer("criss_cross", 512, recurrence=1)

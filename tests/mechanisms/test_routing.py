@@ -54,6 +54,22 @@ def test_not_causal_equals_dense_attention_under_the_clusters_masks(window):
     assert not got[orphans].any()
 
 
+def test_every_cluster_holds_exactly_so_many_tokens():
+    layer = build(clusters=4, window=5)
+    alike = layer.centroids[:, :1].expand(2, 2, 24, 8)  # ties everywhere
+    got = layer(alike, alike, torch.ones_like(alike))
+    clusters = (0.01 * got / (1 - got)).round()  # that each query is in: its output is c / (c + 0.01)
+    assert torch.equal(clusters[..., 0].sum(-1), torch.full((2, 2), 4 * 5.0).double())
+
+
+def test_cost_grows_as_the_power_of_one_and_a_half():
+    def cost(tokens):
+        return attlas.make_attend("routing", 8, 64, length=tokens).cost(1, tokens).flops
+
+    assert cost(4096) == 8 * cost(1024)
+    assert cost(4096) < 4 * 8 * 4096**2 * 64 / 10  # a tenth of a dense layer's two products
+
+
 def test_the_causal_form_is_the_published_one_at_decoding():
     layer, (q, _, v) = build(True, clusters=4, window=5), tensors(20)
     got = layer(q, q, v)

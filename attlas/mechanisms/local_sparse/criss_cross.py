@@ -16,6 +16,9 @@ official code speedinghzl/CCNet. Its functions3d.py transposes the row weights a
 here follow the definition.
 """
 
+from itertools import combinations
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
@@ -122,12 +125,20 @@ class CrissCross(Mixer):
         return torch.cat([prefix, x], 1)
 
     def count(self, sizes: Sizes) -> Cost:
-        """Projections and pairs of every pass; the torch backend also multiplies the masked selves."""
+        """Projections and lines of every pass; the torch backend also multiplies the masked selves.
+
+        The pairs are those of all passes together, of positions that differ on at most `recurrence` axes, and every
+        prefix token with itself.
+        """
         dim, reduced = self.site.dim, self.q_proj.out_features
         grid = sizes.grid
         positions = sizes.batch * grid.positions
         projections = 2 * positions * dim * (2 * reduced + dim)
         multiplied = positions * sum(grid.shape)
-        pairs = multiplied - positions * (grid.rank - 1)
-        flops, executed = (projections + 2 * count * (reduced + dim) for count in (pairs, multiplied))
-        return Cost(self.recurrence * flops, self.recurrence * executed, self.recurrence * pairs)
+        on_lines = multiplied - positions * (grid.rank - 1)
+        flops, executed = (projections + 2 * count * (reduced + dim) for count in (on_lines, multiplied))
+        passes = min(self.recurrence, grid.rank)
+        moves = [axes for count in range(passes + 1) for axes in combinations(grid.shape, count)]
+        reached = sum(prod(length - 1 for length in axes) for axes in moves)
+        pairs = self.site.heads * (positions * reached + sizes.batch * grid.prefix)
+        return Cost(self.recurrence * flops, self.recurrence * executed, pairs)

@@ -1,0 +1,1 @@
+"""Attention among channels: features attend to one another, tokens are summed over."""
