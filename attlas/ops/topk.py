@@ -1,4 +1,6 @@
-"""Statistical top-k: the k largest of a row, about, by a threshold from its mean and deviation.
+"""The largest of a row: exactly, by sorting, and statistically, by a threshold from its mean and deviation.
+
+Statistical top-k:
 
     θ = mean(x) + std(x) Q(1 - k / m),    Q the quantile function of the standard normal
 
@@ -15,6 +17,26 @@ from torch import Tensor
 
 from attlas.core.errors import BadInput
 from attlas.ops.precision import wide
+
+LONG = 1 << 14
+"""Rows from here on are sorted faster as integers, one by one."""
+
+
+def descending(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., m) from the largest to the smallest, and where each entry stood; of equal ones the first comes first.
+
+    PyTorch sorts long rows of integers by their digits, some five times faster than rows of numbers, and the bits of a
+    number are an integer that grows with it, but for the sign.
+    """
+    if x.shape[-1] < LONG or x.dtype not in (torch.float32, torch.float64):
+        values, index = x.sort(dim=-1, descending=True, stable=True)
+        return values, index
+    integer = torch.int32 if x.dtype == torch.float32 else torch.int64
+    bits = (x + 0).contiguous().view(integer)  # -0 becomes 0
+    falling = ~(bits ^ (bits >> (8 * x.itemsize - 1)) & torch.iinfo(integer).max)
+    rows = [row.sort(stable=True).indices for row in falling.flatten(0, -2)]
+    index = torch.stack(rows).view(x.shape)
+    return x.gather(-1, index), index
 
 
 def statistical_threshold(x: Tensor, k: int, keep: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from attlas.core.errors import BadInput
+from attlas.ops import topk
 from attlas.ops.topk import statistical_threshold, statistical_topk
 
 
@@ -58,3 +59,15 @@ def test_half_precision_keeps_its_statistics_in_float32():
 def test_k_is_at_least_one():
     with pytest.raises(BadInput, match="k counts entries"):
         statistical_topk(torch.randn(3, 4), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 50])
+def test_sorting_by_bits_is_sorting(dtype, length, monkeypatch):
+    monkeypatch.setattr(topk, "LONG", 2)
+    x = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(0)).mul(2).round().to(dtype)  # many are equal
+    x[0, 0, : length // 2] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, -1e-30]).repeat(5)[: length // 2]
+    values, index = topk.descending(x)
+    expected = x.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(index, expected.indices)
