@@ -1,16 +1,14 @@
-"""Write the pages that come from the code: one per mechanism, with a picture of what it sees."""
+"""Write the pages that come from the code: one per mechanism, with the picture that figures/masks.py draws."""
 
 import inspect
 import sys
 from pathlib import Path
 
 import attlas
-from attlas.bench.report.masks import visible_pairs
 from attlas.blocks.factory import settings_of
 from attlas.core.registry import family_of, mechanism
 
 PAGES = Path(__file__).parent / "pages"
-SQUARE = 5  # pixels of one pair in a picture
 
 
 def main() -> None:
@@ -47,28 +45,8 @@ def page(name: str) -> str:
             "## Settings\n",
             *settings,
             "\n## What each position sees\n",
-            picture(name),
+            f"![visible pairs of {name}](../figures/masks/{name}.svg)\n",
         ]
-    )
-
-
-def picture(name: str) -> str:
-    """An SVG of the pairs that gradients see, queries downwards and keys to the right."""
-    spec = mechanism(name).spec
-    causal = all(pattern.startswith("causal") for pattern in spec.patterns)
-    grid = (48,) if 1 in spec.grids else (7, 7)
-    seen = visible_pairs(name, causal, grid)
-    side = len(seen) * SQUARE
-    marks = [
-        f'<rect x="{m * SQUARE}" y="{n * SQUARE}" width="{SQUARE}" height="{SQUARE}" opacity="{float(share):.2f}"/>'
-        for n, row in enumerate(seen)
-        for m, share in enumerate(row)
-        if share > 0
-    ]
-    return (
-        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img" '
-        f'aria-label="visible pairs of {name}" fill="#4457c2">'
-        f'<rect width="{side}" height="{side}" fill="#8883" />{"".join(marks)}</svg>\n'
     )
 
 

@@ -116,3 +116,32 @@ def test_capacity_is_shown_against_theory(run, tmp_path):
 def test_mistakes_are_named(run, arguments, error, message):
     with pytest.raises(error, match=message):
         run(*arguments)
+
+
+def test_tiles_name_the_smallest_stride_and_draw_the_bounds(run, tmp_path):
+    text = run("tiles", "--out", tmp_path / "tiles.svg")
+    bounds = {line.split()[0]: line.split()[-2:] for line in text.splitlines() if "%" in line}
+    assert bounds["1x1x1"] == ["5.24", "47%"]
+    assert bounds["16x8x8"] == ["11.11", "100%"]
+    assert "16x8x8 is the smallest stride" in text
+    drawn = (tmp_path / "tiles.svg").read_text()
+    assert "30x48x80, window 18x24x24" in drawn
+    assert "FLOPs alone, and stride 16x8x8" in drawn
+    one = run("tiles", "64", "--window", 16, "--query-tile", 8, "--key-tile", 8, "--causal", 0, "--stride", 4)
+    assert [line.split()[0] for line in one.splitlines() if "%" in line] == ["4"]
+    assert "no stride up to the window" in one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("256x256",), "window .* is for 3 axes, the grid has 2"),
+        (("--causal", "4"), "causal axes are numbers from 0 to 2"),
+        (("--stride", "40"), "stride 40 is more than window 18"),
+        (("--stride", "2x2"), "stride .* is for 2 axes"),
+        (("--query-tile", "big"), "a size is written as"),
+    ],
+)
+def test_tiles_that_have_no_meaning_are_refused(run, arguments, words):
+    with pytest.raises(BadInput, match=words):
+        run("tiles", *arguments)

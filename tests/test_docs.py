@@ -18,9 +18,8 @@ _spec.loader.exec_module(generate)
 def test_every_mechanism_has_a_page_with_its_picture(name):
     page = generate.page(name)
     spec = mechanism(name).spec
-    for expected in (f"# {name}", spec.title, spec.paper, "## Settings", f"visible pairs of {name}"):
+    for expected in (f"# {name}", spec.title, spec.paper, "## Settings", f"(../figures/masks/{name}.svg)"):
         assert expected in page
-    assert page.count("<rect") > 20
 
 
 def test_the_readmes_example_runs():

@@ -17,6 +17,7 @@ from rich.table import Table
 import attlas
 from attlas.blocks.factory import resolve, settings_of
 from attlas.cli import analyze
+from attlas.cli.seen import show_mask
 from attlas.cli.settings import by_mechanism, parts, read_grid, read_grids, read_names, values
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.grid import Grid
@@ -74,11 +75,37 @@ def list_(
 @app.command()
 def show(
     name: str,
-    size: Annotated[str, typer.Option(help="Tokens or grid, as 4096 or 56x56.")] = "1024",
+    size: Annotated[str | None, typer.Option(help="Tokens or grid, as 4096 or 56x56; 1024 tokens by default.")] = None,
     dim: Annotated[int, typer.Option(help="Channels.")] = 512,
-    heads: Annotated[int, typer.Option(help="Heads.")] = 8,
+    heads: Annotated[int | None, typer.Option(help="Heads; 8 by default.")] = None,
+    mask: Annotated[bool, typer.Option("--mask", help="Draw which keys each query sees, instead.")] = False,
+    query: Annotated[str | None, typer.Option(help="With --mask: whose keys, as 5, or as 3,4 on a grid.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="With --mask: of the causal pattern.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="name=value of the mechanism. May repeat.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="With --mask: also write this picture.")] = None,
+    image: Annotated[Path | None, typer.Option(help="With --mask: tokens are patches of this picture.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --mask: of random weights and tokens; 0 by default.")] = None,
 ) -> None:
-    """One mechanism: its equation, source, settings, backends here, and what it costs."""
+    """One mechanism: its equation, source, settings, backends here, and what it costs; or what its queries see."""
+    if mask:
+        show_mask(
+            console,
+            name,
+            size=size,
+            query=query,
+            causal=causal,
+            settings=values(setting or []),
+            heads=heads,
+            svg=svg,
+            image=image,
+            seed=seed or 0,
+        )
+        return
+    alone = {"query": query, "causal": causal, "svg": svg, "image": image, "seed": seed}
+    given = [f"--{option}" for option, value in alone.items() if value is not None and value is not False]
+    if given:
+        raise BadInput(f"{', '.join(given)}: only with --mask")
+    size, heads = "1024" if size is None else size, 8 if heads is None else heads
     cls, _ = resolve(name)
     spec = cls.spec
     module = sys.modules[cls.__module__]
@@ -106,10 +133,18 @@ def show(
     for key, value in rows.items():
         facts.add_row(key, escape(value))
     console.print(facts)
+    own = values(setting or [])
     console.print(f"\n[bold]at {size} tokens, dim {dim}, {heads} heads[/bold]")
     place = Grid(_grid_for(spec.grids, size), prefix=int(spec.class_token))
-    for pattern in sorted(p for p in spec.patterns if p.endswith("self")) or sorted(spec.patterns):
-        _show_cost(name, Pattern(pattern), place, dim, heads)
+    patterns = sorted(p for p in spec.patterns if p.endswith("self")) or sorted(spec.patterns)
+    shown = [_show_cost(name, Pattern(pattern), place, dim, heads, own) for pattern in patterns]
+    if not any(shown):
+        example = spec.examples[0]
+        place, own = Grid(example.grid, example.prefix), dict(example.params)
+        fitting = "".join(f", {key}={value!r}" for key, value in own.items())
+        console.print(escape(f"in small, with dim {example.dim}, {example.heads} heads{fitting}"), highlight=False)
+        for pattern in sorted(p for p in example.patterns or patterns if p in patterns):
+            _show_cost(name, Pattern(pattern), place, example.dim, example.heads, own)
 
 
 def _grid_for(ranks: tuple[int, ...], size: str) -> tuple[int, ...]:
@@ -121,11 +156,12 @@ def _grid_for(ranks: tuple[int, ...], size: str) -> tuple[int, ...]:
     return grid
 
 
-def _show_cost(name: str, pattern: Pattern, grid: Grid, dim: int, heads: int) -> None:
+def _show_cost(name: str, pattern: Pattern, grid: Grid, dim: int, heads: int, settings: dict[str, Any]) -> bool:
+    """Print what a layer costs, or why there is none; whether there is one."""
     causal, cross = pattern.startswith("causal"), pattern.endswith("cross")
     tokens = grid.tokens
     try:
-        layer = attlas.mixer(name, dim, heads, causal=causal, grid=grid, length=tokens)
+        layer = attlas.mixer(name, dim, heads, causal=causal, grid=grid, length=tokens, **settings)
         cost = layer.cost(1, tokens, tokens if cross else None, grid=grid)
         parts = [f"{cost.flops / 1e9:.3g} GFLOP", f"{cost.executed / 1e9:.3g} executed by torch"]
         if cost.pairs:
@@ -138,6 +174,8 @@ def _show_cost(name: str, pattern: Pattern, grid: Grid, dim: int, heads: int) ->
             console.print(f"    {escape(line)}", highlight=False)
     except AttlasError as error:
         console.print(f"  [bold]{pattern}[/bold]: {escape(str(error))}")
+        return False
+    return True
 
 
 @app.command()

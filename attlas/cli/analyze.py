@@ -1,4 +1,4 @@
-"""`attlas analyze`: the rank, the sharpness and the memory of mechanisms, as tables and pictures."""
+"""`attlas analyze`: rank, sharpness, memory and tiles of mechanisms, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from attlas.cli.settings import by_mechanism, read_names, read_numbers, read_sizes
+from attlas.cli.settings import by_mechanism, read_grid, read_names, read_numbers, read_sizes
 from attlas.core.errors import AttlasError, BadInput
 
 if TYPE_CHECKING:
     from attlas.analysis.curves import Panel
     from attlas.analysis.rank import Ranks
+    from attlas.analysis.tiles import Tiling
     from attlas.bench.inputs import Observed
 
-app = typer.Typer(no_args_is_help=True, help="What a mechanism's matrices can do: rank, entropy, capacity.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="What a mechanism's matrices can do: rank, entropy, capacity; what its kernels can: tiles.",
+)
 console = Console()
 T = TypeVar("T")
 
@@ -165,6 +169,85 @@ def capacity(
         elif max(pairs) >= limit:
             console.print(f"{escape(name)} reaches the limit of {limit} pairs: raise --limit", highlight=False)
     _draw([panel], out)
+
+
+@app.command()
+def tiles(
+    grid: Annotated[str, typer.Argument(help="Positions, as 32768, 256x256 or 30x48x80.")] = "30x48x80",
+    window: Annotated[str, typer.Option(help="Places of the window on each axis.")] = "18x24x24",
+    stride: Annotated[
+        str | None, typer.Option(help="On each axis; by default all that double, as far as the window goes.")
+    ] = None,
+    dilation: Annotated[str, typer.Option(help="On each axis, or one for all.")] = "1",
+    causal: Annotated[str, typer.Option(help="Causal axes, counted from 0 and separated by commas.")] = "",
+    query_tile: Annotated[str, typer.Option(help="Queries that a kernel takes at a time.")] = "4x8x8",
+    key_tile: Annotated[str, typer.Option(help="Keys that it takes at a time.")] = "2x8x8",
+    out: Out = None,
+) -> None:
+    """How much of what neighborhood attention saves a tiled kernel can keep, against the stride.
+
+    The defaults are HunyuanVideo's latent video and the tiles of NATTEN's kernel for Blackwell.
+    """
+    from attlas.analysis.curves import Panel
+    from attlas.analysis.tiles import Tiling
+
+    places = read_grid(grid)
+    axes = _read_axes(causal, len(places))
+    plain = Tiling.of(
+        places,
+        _per_axis(window, len(places)),
+        dilation=_per_axis(dilation, len(places)),
+        causal=axes,
+        query_tile=_per_axis(query_tile, len(places)),
+        key_tile=_per_axis(key_tile, len(places)),
+    )
+    largest = max(axis.window for axis in plain.axes)
+    smallest = plain.smallest_stride()
+    doubling = [2**power for power in range(largest.bit_length())]
+    shown = {_written(plain.with_stride(each)): plain.with_stride(each) for each in dict.fromkeys([*doubling, largest])}
+    if stride is not None:
+        given = plain.with_strides(_per_axis(stride, len(places)))
+        shown = {_written(given): given}
+    if smallest is not None:
+        least = plain.with_strides(smallest)
+        shown[_written(least)] = least
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("stride", "tiles visited", "of", "speed-up at most", "share of the FLOPs' bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for text, tiling in shown.items():
+        bound = tiling.bound()
+        row = (f"{tiling.visited():,}", f"{tiling.tiles():,}", f"{bound:.2f}", f"{bound / tiling.flop_bound():.0%}")
+        table.add_row(text, *row)
+    console.print(table)
+    console.print(f"FLOPs alone allow {plain.flop_bound():.2f} without a stride", highlight=False)
+    if smallest is None:
+        console.print("no stride up to the window makes every visited tile full", highlight=False)
+    else:
+        console.print(f"{_written(least)} is the smallest stride that reaches its FLOPs' bound", highlight=False)
+    strides = sorted({*range(1, largest, max(1, largest // 128)), *doubling, largest})
+    bounds = [plain.with_stride(each).bound() for each in strides]
+    limit = "FLOPs alone" if smallest is None else f"FLOPs alone, and stride {_written(least)}"
+    limits = {limit: (strides, [plain.with_stride(each).flop_bound() for each in strides])}
+    lines, title = {"tiles": (strides, bounds)}, f"{grid}, window {window}"
+    _draw([Panel(title, "stride on every axis", "speed-up at most", lines, limits, log_y=False)], out)
+
+
+def _per_axis(text: str, rank: int) -> tuple[int, ...]:
+    """Sizes written as 18x24x24, or one for all axes."""
+    sizes = read_grid(text)
+    return sizes * rank if len(sizes) == 1 else sizes
+
+
+def _read_axes(text: str, rank: int) -> tuple[bool, ...]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if any(not part.isdigit() or int(part) >= rank for part in chosen):
+        raise BadInput(f"causal axes are numbers from 0 to {rank - 1}, separated by commas, got {text!r}")
+    return tuple(str(axis) in chosen for axis in range(rank))
+
+
+def _written(tiling: Tiling) -> str:
+    """The strides as they are typed."""
+    return "x".join(str(axis.stride) for axis in tiling.axes)
 
 
 def _observer(

@@ -14,7 +14,7 @@ import attlas
 from attlas.core.errors import BackendUnavailable, BadInput
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Attend, Mechanism
-from attlas.core.registry import mechanism
+from attlas.core.registry import family_of, mechanism
 from attlas.core.spec import Example, Pattern, Takes
 from attlas.ops.dispatch import record_choices
 from attlas.ops.flops import flop_counter
@@ -399,12 +399,22 @@ def has_torch_backend(layer: nn.Module, inputs: list[Tensor], case: Case) -> boo
 
 
 def check_pairs(case: Case) -> None:
-    """7b. The visible pairs of the cost formula are the pairs that gradients see."""
+    """7b. The visible pairs of the cost formula are the pairs that gradients see.
+
+    Of an attend in the values. A mixer's tokens reach one another in other ways, too: there it is asked where seeing
+    few is what the mechanism is about.
+    """
     layer, inputs = case.build(), case.inputs(batch=1)
     attend = getattr(layer, "attend", None)
     keys = inputs[-1].shape[1]
     cost = layer.cost(1, inputs[0].shape[1], keys if case.cross else None, grid=case.grid)
-    if attend is None or cost.pairs == 0:
+    if cost.pairs == 0:
+        return
+    if attend is None and family_of(mechanism(case.name)) != "local_sparse":
+        return
+    if attend is None:
+        seen = layer.site.heads * tokens_that_matter(layer, inputs, case.grid)
+        assert cost.pairs == seen, f"the formula says {cost.pairs} pairs, gradients see {seen}"
         return
     site = attend.site
     q = torch.randn(1, site.heads, inputs[0].shape[1], site.head_dim, dtype=torch.float64)
@@ -431,3 +441,16 @@ def check_parameters(case: Case) -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, f"{name} receives no gradient"
         assert parameter.grad.any(), f"the gradient of {name} is zero"
+
+
+def tokens_that_matter(layer: nn.Module, inputs: list[Tensor], grid: Grid) -> int:
+    """How many pairs of an output and an input token depend on one another; in a cross pattern of an output and a
+    token of the context, and of x where others than its own matter."""
+
+    def run(*tokens: Tensor) -> Tensor:
+        return layer(*tokens, grid=grid).sum(-1)
+
+    jacobians = torch.autograd.functional.jacobian(run, tuple(inputs))  # (1, N, 1, M, C) each
+    *own, source = [jacobian.abs().sum((0, 2, 4)) > 0 for jacobian in jacobians]
+    others = sum(int(seen.sum()) for seen in own if (seen & ~torch.eye(len(seen), dtype=torch.bool)).any())
+    return int(source.sum()) + others

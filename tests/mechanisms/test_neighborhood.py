@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attlas
+from attlas.analysis.visible import visible_pairs
 from attlas.core.errors import BadInput
 from attlas.ops.neighborhood import Axis, neighborhood_attention
 
@@ -87,6 +88,8 @@ def test_windows_are_shifted_at_borders_and_never_cut():
         ((13,), {"window": 4, "stride": 3, "dilation": 3}),
         ((7, 6), {"window": (3, 4), "dilation": (2, 1), "stride": (1, 3)}),
         ((5, 4, 6), {"window": (3, 2, 3), "dilation": (1, 2, 2), "causal_axes": (True, False, False)}),
+        ((5, 3, 7), {"window": (4, 2, 3), "stride": (3, 1, 2), "causal_axes": (True, False, True)}),
+        ((6, 4), {"window": (6, 2), "dilation": (1, 2), "stride": (4, 2), "causal_axes": (False, True)}),
     ],
 )
 def test_output_equals_dense_attention_under_the_mask(grid, settings):
@@ -109,6 +112,33 @@ def test_output_equals_dense_attention_under_the_mask(grid, settings):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_causal_window_that_slides_is_full_after_its_length():
+    for axis in all_axes():
+        if axis.causal and axis.stride == 1:
+            place = torch.arange(axis.length) // axis.dilation
+            assert torch.equal(seen_by_rule(axis).sum(1), (place + 1).clamp(max=axis.window)), axis
+
+
+def test_a_dilated_axis_is_its_interleaved_parts():
+    for length, window, dilation in product(range(14, 40), (3, 5, 7), range(2, 6)):
+        if window * dilation > length:
+            continue
+        seen = seen_by_rule(Axis(length, window, dilation))
+        for first in range(dilation):
+            part = seen[first::dilation, first::dilation]
+            assert torch.equal(part, seen_by_rule(Axis(len(part), window))), (length, window, dilation)
+            seen[first::dilation, first::dilation] = False
+        assert not seen.any(), (length, window, dilation)
+
+
+def test_every_query_depends_on_a_full_window_and_the_corner_on_that_of_its_inner_neighbour():
+    layer = attlas.mixer("neighborhood", 8, 2, window=(3, 5), dilation=(2, 1))
+    seen = visible_pairs(layer, grid=(7, 9)).view(2, 7, 9, 7, 9)
+    assert (seen.sum((-1, -2)) == 15).all()
+    assert torch.equal(seen[:, 0, 0], seen[:, 2, 2])
+    assert torch.equal(seen[:, 6, 8], seen[:, 4, 6])
+
+
 @pytest.mark.parametrize("grid", [(9,), (4, 5), (2, 3, 4)])
 def test_a_window_of_the_whole_grid_is_full_attention(grid):
     q, k, v = tensors(attlas.Grid(grid).tokens)
@@ -120,6 +150,16 @@ def test_a_stride_of_the_window_is_block_attention():
     q, k, v = tensors(12)
     got = attlas.attend(q, k, v, "neighborhood", window=4, stride=4)
     torch.testing.assert_close(got, attlas.attend(q, k, v, mask=attlas.Mask.block(4)), rtol=0, atol=1e-12)
+
+
+def test_a_stride_of_the_window_on_two_axes_is_attention_inside_each_cell():
+    q, k, v = (t.unflatten(2, (2, 3, 3, 2)) for t in tensors(36))
+    flat = (t.flatten(2, 5) for t in (q, k, v))
+    got = attlas.attend(*flat, "neighborhood", grid=(6, 6), window=(3, 2), stride=(3, 2)).unflatten(2, (2, 3, 3, 2))
+    for row, column in product(range(2), range(3)):
+        cell = (t[:, :, row, :, column].flatten(2, 3) for t in (q, k, v))
+        expected = attlas.attend(*cell)
+        torch.testing.assert_close(got[:, :, row, :, column].flatten(2, 3), expected, rtol=0, atol=1e-12)
 
 
 def test_causal_is_the_last_keys_and_queries_may_be_the_last_positions():
@@ -177,6 +217,22 @@ def test_the_bias_counts_in_places_of_the_dilation_group():
     got = layer.double()(q, k, v, grid=(5, 13)).unflatten(2, (5, 13))
     v = v.unflatten(2, (5, 13))
     torch.testing.assert_close(got[:, :, 1:3, 4:9], v[:, :, 2:4, 0:5], rtol=0, atol=1e-12)
+
+
+def test_dilation_with_a_bias_is_attention_with_that_bias_on_interleaved_maps():
+    layer = attlas.make_attend(
+        "neighborhood", 2, 4, window=3, dilation=(2, 3), relative_bias=True, grid=(7, 10)
+    ).double()
+    part = attlas.make_attend("neighborhood", 2, 4, window=3, relative_bias=True, grid=(3, 3)).double()
+    with torch.no_grad():
+        part.relative_bias.copy_(layer.relative_bias.normal_())
+    q, k, v = tensors(70)
+    got = layer(q, k, v, grid=(7, 10)).unflatten(2, (7, 10))
+    for first in product(range(2), range(3)):
+        maps = [t.unflatten(2, (7, 10))[:, :, first[0] :: 2, first[1] :: 3] for t in (q, k, v)]
+        expected = part(*(t.flatten(2, 3) for t in maps), grid=tuple(maps[0].shape[2:4]))
+        own = got[:, :, first[0] :: 2, first[1] :: 3].flatten(2, 3)
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-12)
 
 
 def test_full_window_with_bias_is_full_attention_with_bias():
