@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import Tensor
 
 from attlas.core.axis import Axis
 from attlas.core.errors import BadInput
@@ -137,16 +136,6 @@ def _visits(axis: Axis, group: range, query_tile: int, key_tile: int) -> list[in
     # First and last keys never fall from one query to the next: those of a tile are its first and its last query's.
     starts = torch.tensor(group[::query_tile])
     ends = (starts + (query_tile - 1) * axis.dilation).clamp(max=group[-1])
-    return [
-        last // key_tile - first // key_tile + 1
-        for first, last in zip(_span(axis, starts)[0].tolist(), _span(axis, ends)[1].tolist(), strict=True)
-    ]
-
-
-def _span(axis: Axis, query: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last key that each query sees, as places of its dilation group."""
-    place, leader, size = axis._group(query)
-    if axis.causal:
-        return (leader - (axis.window - 1)).clamp(min=0), place
-    first = (leader - axis.window // 2).clamp(min=0).minimum(size - axis.window)
-    return first, first + axis.window - 1
+    low, high = (bound // axis.dilation for bound in axis.bounds())
+    visited = high[ends] // key_tile - low[starts] // key_tile + 1
+    return [int(count) for count in visited]

@@ -41,6 +41,7 @@ from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import Axis, neighborhood_attention
 from attlas.ops.softmax import blank_padding
+from attlas.ops.windows import per_axis
 
 NONCAUSAL = frozenset({Pattern.NONCAUSAL_SELF})
 SHELL_PARAMETERS = 4 * (16 * 16 + 16)
@@ -142,15 +143,15 @@ class Neighborhood(Attend):
         settings = (self.window, self.dilation, self.stride, self.causal_axes)
         rank = max((len(each) for each in settings if isinstance(each, Sequence)), default=1)
         windows, dilations = (
-            _per_axis("window", self.window, rank),
-            _per_axis("dilation", self.dilation, rank),
+            per_axis("window", self.window, rank),
+            per_axis("dilation", self.dilation, rank),
         )
         return Grid(tuple(max(w * d, 1) for w, d in zip(windows, dilations, strict=True)))
 
     def _axes(self, grid: Grid) -> tuple[Axis, ...]:
         """The rule of each axis; raises where the settings do not fit the grid."""
         names = ("window", "dilation", "stride", "causal_axes")
-        settings = (_per_axis(name, getattr(self, name), grid.rank) for name in names)
+        settings = (per_axis(name, getattr(self, name), grid.rank) for name in names)
         return tuple(Axis(length, *each) for length, *each in zip(grid.shape, *settings, strict=True))
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
@@ -226,12 +227,3 @@ class Neighborhood(Attend):
         o = self._attend(q, k, v, Grid((k.shape[2],)), real)
         last = k.shape[2] - span
         return o, NeighborhoodState(k[:, :, last:], v[:, :, last:], real[:, last:])
-
-
-def _per_axis(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """The setting of each axis; one number holds for all."""
-    if not isinstance(value, Sequence):
-        return (value,) * rank
-    if len(value) != rank:
-        raise BadInput(f"{name} {tuple(value)} is for {len(value)} axes, the grid has {rank}")
-    return tuple(value)
