@@ -22,6 +22,9 @@ from attlas.ops.softmax import softmax_attention
 ROWS = 1024
 """Queries whose pairs with all keys the torch backend holds at a time."""
 
+SINGLE = 4
+"""Pairs that are chosen together; of fewer the kernel makes nothing."""
+
 
 def _check(q: Tensor, k: Tensor, chosen: Tensor, rows: int, columns: int) -> None:
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
@@ -99,6 +102,8 @@ def _torch(
         mask = Mask.pairs_(chosen[:, :, run][..., block[:last]])
         mask = mask.with_(causal=causal, keys=None if keep is None else keep[:, :last])
         outputs.append(softmax_attention(q, k, v, mask, scale=scale, backend="torch"))
+    if not outputs:
+        return v_BGME.new_zeros(*q_BHND.shape[:3], v_BGME.shape[3])
     return torch.cat(outputs, 2)
 
 
@@ -121,9 +126,17 @@ def _cpu(
     )[0]
 
 
+def _cpu_yields(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, rows: int, columns: int, **options: object
+) -> str | None:
+    if rows * columns < SINGLE:
+        return "pairs chosen one by one leave nothing to share: all pairs are multiplied faster"
+    return None
+
+
 block_sparse_attention = Op(
     "block_sparse_attention",
-    Backend("cpu", _cpu, lambda q, k, v, *args, **kwargs: tiles.refuses(q, k, v)),
+    Backend("cpu", _cpu, lambda q, k, v, *args, **kwargs: tiles.refuses(q, k, v), _cpu_yields),
     Backend("torch", _torch),
     Backend("oracle", _oracle),
 )

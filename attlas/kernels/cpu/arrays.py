@@ -1,12 +1,16 @@
 """How tensors are handed to the kernels, and what kernels cannot."""
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attlas.core.errors import BackendUnavailable, BadInput
+
+LN_2 = math.log(2)
+"""Kernels take their logarithms to base 2."""
 
 
 def dense_rows(x: Tensor) -> Tensor:

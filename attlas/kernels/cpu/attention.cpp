@@ -221,7 +221,7 @@ bool forward(const Problem& p, const Array* arrays) {
         if (p.normalised)
             for (int query = 0; query < block.n; ++query)
                 *lse.rows<float>(b, h)[block.first + query] =
-                    w.largest[0][query] * LN_2 + std::log(w.total[0][query]);
+                    w.largest[0][query] + std::log2(w.total[0][query]);
     });
 }
 
@@ -278,7 +278,7 @@ void differentiate(const BackwardScratch<Unit>& w, const Problem& p, int n, cons
                 const vec score = load(w.scores[j + i] + c), dweight = load(w.dweights[j + i] + c);
                 vec weight;
                 if (p.normalised) {
-                    weight = exp2(score * scale - load(w.lse[index] + c));
+                    weight = exp2(min(rounded(score * scale) - load(w.lse[index] + c), vec{}));
                     dscore[i] = weight * (dweight - load(w.delta[index] + c));
                 } else {
                     weight = sigmoid(score, scale, shift);
@@ -341,7 +341,7 @@ bool backward(const Problem& p, const Array* arrays) {
                     const bool real = r < block.n;
                     const float known = real ? *lse.rows<const float>(b, h)[block.first + r] : -INFINITY;
                     // A query that sees nothing has no weights.
-                    w.lse[index][r] = known == -INFINITY ? INFINITY : known * LOG2_E;
+                    w.lse[index][r] = known == -INFINITY ? INFINITY : known;
                     float sum = 0;
                     for (int f = 0; real && f < E; ++f)
                         sum += to_float(o_rows[block.first + r][f]) * to_float(grad_rows[block.first + r][f]);
@@ -432,8 +432,8 @@ bool backward(const Problem& p, const Array* arrays) {
 }  // namespace
 
 // Both write their results in full and return 0, or 1 if there is no memory for their scratch. All arrays are bf16 or
-// float (batch, heads or groups, tokens, size); lse, the logarithm of the sum of exp(s), is float (batch, heads,
-// queries), and not used where weights are not normalised.
+// float (batch, heads or groups, tokens, size); lse, the logarithm to base 2 of the sum of exp(s), is float
+// (batch, heads, queries), and not used where weights are not normalised.
 extern "C" {
 
 // arrays: q, k, v; results o, lse.

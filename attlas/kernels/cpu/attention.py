@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.mask import Mask
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import check_attention, dense_rows, like_queries, once_only, places
+from attlas.kernels.cpu.arrays import LN_2, check_attention, dense_rows, like_queries, once_only, places
 
 
 def softmax_attention(
@@ -42,7 +42,8 @@ def softmax_attention(
         BadInput: shapes or dtypes do not fit together.
         KernelUnavailable: the kernel cannot be compiled here.
     """
-    return torch.ops.attlas.attention(q_BHND, k_BGMD, v_BGME, keep_BM, scale, 0.0, causal, True)
+    o, log2 = torch.ops.attlas.attention(q_BHND, k_BGMD, v_BGME, keep_BM, scale, 0.0, causal, True)
+    return o, log2 * LN_2
 
 
 def sigmoid_attention(

@@ -206,7 +206,7 @@ void soften(const Scratch& w, int n, int columns, int value_size, float scale) {
         for (int j = 0; j < n; j += STEP<Unit>) {
             vec weight[2];
             for (int i = 0; i < STEP<Unit>; ++i) {
-                weight[i] = exp2(load(w.scores[j + i] + c) * scale - subtract);
+                weight[i] = exp2(rounded(load(w.scores[j + i] + c) * scale) - subtract);
                 store(w.scores[j + i] + c, weight[i]);
                 total += weight[i];
             }

@@ -104,11 +104,32 @@ ATTLAS_INLINE void store(bf16* p, vec x) {
 
 ATTLAS_INLINE vec spread(float x) { return vec{} + x; }
 
+// x itself, as a number of float's precision: what the compiler may not merge with a sum that follows. The difference of
+// two large products is exact only if both were rounded.
+ATTLAS_INLINE vec rounded(vec x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__SSE__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 ATTLAS_INLINE vec max(vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     return a > b ? a : b;
+#endif
+}
+
+ATTLAS_INLINE vec min(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
 #endif
 }
 

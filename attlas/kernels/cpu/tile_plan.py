@@ -42,6 +42,8 @@ SPEED = {16: 0.7, 32: 0.9, 48: 0.85, 64: 1.0}
 PACKING = 6
 """Lanes whose products take as long as packing a key."""
 
+KEPT = 64 << 20
+
 Ints = NDArray[np.int64]
 
 
@@ -70,6 +72,14 @@ class Plan(NamedTuple):
     groups: int
     work: int
     pairs: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all lists."""
+        return sum(x.nbytes for x in self if isinstance(x, Tensor))
+
+
+_kept: dict[object, Plan] = {}
 
 
 class _AxisTile(NamedTuple):
@@ -215,9 +225,20 @@ def _int32(x: Ints) -> Tensor:
     return torch.from_numpy(x.astype(np.int32))
 
 
-@functools.lru_cache(maxsize=32)
 def plan_axes(axes: tuple[Axis | Block, ...], queries: int, prefix: int, context: int, biased: bool) -> Plan:
-    """Neighborhoods: see `attlas.ops.neighborhood` for what is asked. `queries` counts prefix tokens."""
+    """Neighborhoods: see `attlas.ops.neighborhood` for what is asked. `queries` counts prefix tokens.
+
+    The last plans are kept, up to `KEPT` bytes of them.
+    """
+    asked = (axes, queries, prefix, context, biased)
+    plan = _kept.pop(asked, None) or _plan_axes(*asked)
+    _kept[asked] = plan  # the newest last
+    while len(_kept) > 1 and sum(each.nbytes for each in _kept.values()) > KEPT:
+        _kept.pop(next(iter(_kept)), None)
+    return plan
+
+
+def _plan_axes(axes: tuple[Axis | Block, ...], queries: int, prefix: int, context: int, biased: bool) -> Plan:
     missing = prefix + prod(axis.length for axis in axes) - queries  # of a plain sequence, positions without a query
     lines = [_lines(axis, axis.length - missing) for axis in axes]
     sizes = _sizes(lines)
@@ -326,12 +347,13 @@ def _plan_choices(chosen: Tensor, columns: int, keys: int) -> Plan:
     The queries of a range that see a block make its tiles. A query is in as many tiles as it sees blocks.
     """
     batch, heads, queries, blocks = chosen.shape
-    plans, ranges = batch * heads, -(-queries // RANGE)
-    whole = F.pad(chosen.reshape(plans, queries, blocks), (0, 0, 0, ranges * RANGE - queries))
-    sorted_ = whole.view(plans, ranges, RANGE, blocks).transpose(2, 3).contiguous()
+    size = min(RANGE, queries)
+    plans, ranges = batch * heads, -(-queries // size)
+    whole = F.pad(chosen.reshape(plans, queries, blocks), (0, 0, 0, ranges * size - queries))
+    sorted_ = whole.view(plans, ranges, size, blocks).transpose(2, 3).contiguous()
     count = sorted_.sum(-1).flatten()  # of (plan, range, block)
     query = sorted_.nonzero()
-    query = query[:, 1] * RANGE + query[:, 3]
+    query = query[:, 1] * size + query[:, 3]
     tiles = -(-count // QUERIES)
     bucket = torch.repeat_interleave(torch.arange(len(count)), tiles)
     nth = torch.arange(len(bucket)) - (tiles.cumsum(0) - tiles)[bucket]

@@ -170,14 +170,6 @@ ATTLAS_INLINE vec gather(const float* table, const int32_t* index) {
 #endif
 }
 
-// Sets what hidden pairs hold.
-void hide(Matrix<float> x, const Chunk& chunk, const Tile& tile, float value) {
-    for (int j = 0; j < chunk.n; ++j)
-        if (chunk.seen[j] != tile.full)
-            for (int c = 0; c < tile.columns; c += LANES)
-                store(x[j] + c, where(chunk.seen[j] >> c, load(x[j] + c), spread(value)));
-}
-
 // Adds the biases to products and hides pairs; returns the factor that is left to make them scores in powers of two.
 float shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Problem& p, const float* bias) {
     float factor = p.scale * LOG2_E;
@@ -190,7 +182,10 @@ float shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Pr
             }
         factor = 1.0f;
     }
-    hide(scores, chunk, tile, -INFINITY);
+    for (int j = 0; j < chunk.n; ++j)
+        if (chunk.seen[j] != tile.full)
+            for (int c = 0; c < tile.columns; c += LANES)
+                store(scores[j] + c, where(chunk.seen[j] >> c, load(scores[j] + c), spread(-INFINITY)));
     return factor;
 }
 
@@ -318,7 +313,7 @@ bool forward(const Problem& p, const Array* arrays, float* totals) {
                 for (int r = 0; r < tile.n; ++r) {
                     for (int f = 0; f < E; f += LANES)
                         store_first(o_rows[tile.query[r]] + f, load(w.results[r] + f), E - f);
-                    logs[tile.query[r]] = w.largest[0][r] * LN_2 + std::log(w.total[0][r]);
+                    logs[tile.query[r]] = w.largest[0][r] + std::log2(w.total[0][r]);
                 }
                 continue;
             }
@@ -340,7 +335,7 @@ bool forward(const Problem& p, const Array* arrays, float* totals) {
     });
 }
 
-// After the last tile: sums become averages and largest scores the logarithm of the sum of exp(s).
+// After the last tile: sums become averages and largest scores the logarithm to base 2 of the sum of exp(s).
 void finish(const Problem& p, const Array& o, const Array& lse, const float* totals) {
 #pragma omp parallel for num_threads(p.threads) if (p.parallel())
     for (int64_t head = 0; head < p.batch * p.heads; ++head) {
@@ -350,7 +345,7 @@ void finish(const Problem& p, const Array& o, const Array& lse, const float* tot
         for (int64_t n = 0; n < p.queries; ++n) {
             const float total = totals[head * p.queries + n], inverse = total == 0.0f ? 0.0f : 1.0f / total;
             for (int64_t f = 0; f < p.value_size; ++f) sums[n][f] *= inverse;
-            logs[n] = logs[n] * LN_2 + std::log(total);
+            logs[n] += std::log2(total);
         }
     }
 }
@@ -387,15 +382,21 @@ struct BackwardScratch {
     }
 };
 
-// Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys.
+// Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys. Those of hidden pairs
+// are 0, whatever the query or the key holds.
 template <class Unit>
-void differentiate(const BackwardScratch<Unit>& w, int n, int columns, float factor) {
-    for (int j = 0; j < n; j += STEP<Unit>)
-        for (int c = 0; c < columns; c += LANES) {
-            vec dscore[2];
-            for (int i = 0; i < STEP<Unit>; ++i) {
-                const vec weight = exp2(load(w.scores[j + i] + c) * factor - load(w.lse[0] + c));
+void differentiate(const BackwardScratch<Unit>& w, const Chunk& chunk, const Tile& tile, float factor) {
+    for (int j = 0; j < chunk.n; j += STEP<Unit>)
+        for (int c = 0; c < tile.columns; c += LANES) {
+            vec dscore[2]{};
+            for (int i = 0; i < STEP<Unit> && j + i < chunk.n; ++i) {
+                vec weight = rounded(load(w.scores[j + i] + c) * factor) - load(w.lse[0] + c);
+                weight = exp2(min(weight, vec{}));
                 dscore[i] = weight * (load(w.dweights[j + i] + c) - load(w.delta[0] + c));
+                if (chunk.seen[j + i] != tile.full) {
+                    weight = where(chunk.seen[j + i] >> c, weight, vec{});
+                    dscore[i] = where(chunk.seen[j + i] >> c, dscore[i], vec{});
+                }
                 store_row(w.weight_rows[j + i] + c / STEP<Unit>, weight);
                 store_row(w.dscore_rows[j + i] + c / STEP<Unit>, dscore[i]);
                 store(w.scores[j + i] + c, dscore[i]);
@@ -454,7 +455,7 @@ bool backward(const Problem& p, const Array* arrays) {
                         const bool real = r < tile.n;
                         const int64_t token = real ? tile.query[r] : 0;
                         // A query that sees nothing has no weights.
-                        w.lse[0][r] = real && logs[token] != -INFINITY ? logs[token] * LOG2_E : INFINITY;
+                        w.lse[0][r] = real && logs[token] != -INFINITY ? logs[token] : INFINITY;
                         float sum = 0;
                         for (int f = 0; real && f < E; ++f)
                             sum += to_float(o_rows[token][f]) * to_float(grad_rows[token][f]);
@@ -464,7 +465,6 @@ bool backward(const Problem& p, const Array* arrays) {
 
                     Cursor cursor(p, tile, b);
                     for (Chunk chunk; cursor.fill(chunk);) {
-                        const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
                         pack_keys(k_rows, chunk, D, w.keys);
                         pack_keys(v_rows, chunk, E, w.values);
                         // A key that is not finite makes the weights of those who see it so; to others it is nothing.
@@ -476,12 +476,7 @@ bool backward(const Problem& p, const Array* arrays) {
                         multiply(w.dweights, chunk.n, tile.columns, w.values.data, e, 1, w.grad_lanes,
                                  int(units<Unit>(E)), false);
                         const float factor = shape(w.scores, chunk, tile, p, bias);
-                        hide(w.dweights, chunk, tile, 0.0f);
-                        if (n > chunk.n) {
-                            std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
-                            std::fill_n(w.dweights[chunk.n], tile.columns, 0.0f);
-                        }
-                        differentiate(w, n, tile.columns, factor);
+                        differentiate(w, chunk, tile, factor);
                         if (bias)
                             for (int j = 0; j < chunk.n; ++j)
                                 for (int r = 0; r < tile.n; ++r)
@@ -491,7 +486,8 @@ bool backward(const Problem& p, const Array* arrays) {
                                  w.grad_pairs, query_units, false);
                         multiply(w.dk, chunk.n, (D + LANES - 1) / LANES * LANES, w.dscore_rows.data, QUERIES, 1,
                                  w.q_pairs, query_units, false);
-                        multiply(w.dq, D, tile.columns, w.key_pairs.data, 1, d, w.dscores, n / STEP<Unit>, true);
+                        multiply(w.dq, D, tile.columns, w.key_pairs.data, 1, d, w.dscores,
+                                 int(units<Unit>(chunk.n)), true);
                         for (int j = 0; j < chunk.n; ++j) {
                             add_row(dk_rows[chunk.token[j]], w.dk[j], p.scale, D);
                             add_row(dv_rows[chunk.token[j]], w.dv[j], 1.0f, E);
@@ -507,7 +503,7 @@ bool backward(const Problem& p, const Array* arrays) {
 }  // namespace
 
 // Both return 0, or 1 if there is no memory for their scratch. Inputs are bf16 or float (batch, heads or groups, tokens,
-// size); lse, the logarithm of the sum of exp(s), is float (batch, heads, queries).
+// size); lse, the logarithm to base 2 of the sum of exp(s), is float (batch, heads, queries).
 extern "C" {
 
 // arrays: q, k, v; results o, lse.

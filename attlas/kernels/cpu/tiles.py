@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attlas.core.axis import Axis, Block
 from attlas.kernels.cpu import build
-from attlas.kernels.cpu.arrays import check_attention, dense_rows, like_queries, once_only, places
+from attlas.kernels.cpu.arrays import LN_2, check_attention, dense_rows, like_queries, once_only, places
 from attlas.kernels.cpu.tile_plan import Plan, plan_axes, plan_blocks
 
 
@@ -52,10 +52,11 @@ def neighborhood_attention(
     layout = [prefix, context]
     for axis in axes:
         if isinstance(axis, Axis):
-            layout += [0, axis.length, axis.window, axis.dilation, axis.stride, axis.causal]
+            layout += [0, axis.length, axis.window, axis.dilation, axis.stride, int(axis.causal)]
         else:
             layout += [1, axis.length, axis.window, axis.shift, axis.halo, 0]
-    return torch.ops.attlas.tiles(q_BHND, k_BGMD, v_BGME, keep_BM, bias, None, layout, False, scale)
+    o, log2 = torch.ops.attlas.tiles(q_BHND, k_BGMD, v_BGME, keep_BM, bias, None, layout, False, scale)
+    return o, log2 * LN_2
 
 
 def block_sparse_attention(
@@ -71,7 +72,9 @@ def block_sparse_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention over chosen blocks, as `attlas.ops.block_sparse` says it; otherwise as `neighborhood_attention`."""
-    return torch.ops.attlas.tiles(q_BHND, k_BGMD, v_BGME, keep_BM, None, chosen, [rows, columns], causal, scale)
+    layout = [rows, columns]
+    o, log2 = torch.ops.attlas.tiles(q_BHND, k_BGMD, v_BGME, keep_BM, None, chosen, layout, causal, scale)
+    return o, log2 * LN_2
 
 
 def refuses(q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor) -> str | None:
@@ -187,9 +190,11 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, keep)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    if not q.numel() or not k.shape[2]:
+        return like_queries(q, q.shape[1], q.shape[2], v.shape[3]).zero_(), lse
     plan = _plan(q, k, bias, chosen, layout)
     o = like_queries(q, q.shape[1], q.shape[2], v.shape[3], None if plan.once else torch.float32)
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     totals = None
     if not plan.once:  # sums go on from tile to tile
         o.zero_()
@@ -236,6 +241,10 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not q.numel() or not k.shape[2]:
+        return tuple(
+            x.zero_() for x in _backward_fake(q, k, v, keep, bias, chosen, o, lse, grad_o, layout, causal, scale)
+        )
     plan = _plan(q, k, bias, chosen, layout)
     batch, groups, threads = q.shape[0], k.shape[1], torch.get_num_threads()
     # Keys of a head belong to one unit of work; where these are too few for the threads, each has shares, summed here.
@@ -250,7 +259,7 @@ def _backward(
     if _library().attlas_tiles_backward(problem, places(*rows, dq, dk, dv, dtable)):
         raise MemoryError("the tile kernel found no memory for its scratch")
     dk, dv = (x.view(shares, *like.shape).sum(0) for x, like in ((dk, k), (dv, v)))
-    dbias = dtable if bias is None else dtable.sum(0)[:, :-1].reshape(bias.shape).to(bias.dtype)
+    dbias = dtable[:0] if bias is None else dtable.sum(0)[:, :-1].reshape(bias.shape).to(bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
 
 
@@ -294,6 +303,8 @@ _backward.register_autograd(once_only)
 
 def _pair_flops(q: Tensor, k: Tensor, bias: Tensor | None, chosen: Tensor | None, layout: list[int]) -> int:
     """FLOP of one multiply-add per feature and pair; causality and padding are not looked at."""
+    if not q.numel() or not k.shape[2]:
+        return 0
     plan = _plan(q, k, bias, chosen, layout)
     batches, heads = plan.heads
     return 2 * plan.pairs * (q.shape[0] // batches) * (q.shape[1] // heads)
