@@ -94,6 +94,20 @@ def test_large_scores_do_not_overflow(dtype):
     assert relative_rms(gated, sigmoid_attention(q.double(), k.double(), v.double(), backend="oracle")) < 8e-3
 
 
+@pytest.mark.parametrize("factor", [3e3, 1e6, 1e10, 1e18])
+def test_gradients_at_large_scores(factor):
+    arrays = tensors(1, 2, 2, 70, 70, 16, 16, torch.float32)
+    found = []
+    for backend, leaves in (("cpu", arrays), ("torch", arrays), ("oracle", [x.detach().double() for x in arrays])):
+        q, k, v = (x.detach().requires_grad_() for x in leaves)
+        o = softmax_attention(q * factor, k, v, backend=backend)
+        found.append((o.detach(), *torch.autograd.grad(o.sum(), (v, k))))
+    got, usual, expected = found
+    assert all(x.isfinite().all() for x in got)
+    for a, b, exact in list(zip(got, usual, expected, strict=True))[:2]:  # scores are rounded in float32 at best
+        assert relative_rms(a, exact) < 3e-6 + 2 * relative_rms(b, exact)
+
+
 def test_the_logarithm_of_the_sum():
     q, k, v = (x.detach() for x in tensors(1, 2, 1, 20, 90, 16, 16, torch.float32))
     _, lse = attention.softmax_attention(q, k, v, scale=0.3, causal=True)

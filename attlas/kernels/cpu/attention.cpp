@@ -278,7 +278,7 @@ void differentiate(const BackwardScratch<Unit>& w, const Problem& p, int n, cons
                 const vec score = load(w.scores[j + i] + c), dweight = load(w.dweights[j + i] + c);
                 vec weight;
                 if (p.normalised) {
-                    weight = exp2(min(rounded(score * scale) - load(w.lse[index] + c), vec{}));
+                    weight = exp2(min(vec{}, rounded(score * scale) - load(w.lse[index] + c)));
                     dscore[i] = weight * (dweight - load(w.delta[index] + c));
                 } else {
                     weight = sigmoid(score, scale, shift);

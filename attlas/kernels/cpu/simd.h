@@ -125,6 +125,7 @@ ATTLAS_INLINE vec max(vec a, vec b) {
 #endif
 }
 
+// NaN where b is.
 ATTLAS_INLINE vec min(vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_min_ps((__m512)a, (__m512)b);

@@ -391,7 +391,7 @@ void differentiate(const BackwardScratch<Unit>& w, const Chunk& chunk, const Til
             vec dscore[2]{};
             for (int i = 0; i < STEP<Unit> && j + i < chunk.n; ++i) {
                 vec weight = rounded(load(w.scores[j + i] + c) * factor) - load(w.lse[0] + c);
-                weight = exp2(min(weight, vec{}));
+                weight = exp2(min(vec{}, weight));
                 dscore[i] = weight * (load(w.dweights[j + i] + c) - load(w.delta[0] + c));
                 if (chunk.seen[j + i] != tile.full) {
                     weight = where(chunk.seen[j + i] >> c, weight, vec{});
@@ -443,14 +443,17 @@ bool backward(const Problem& p, const Array* arrays) {
                     const Tile tile(p.plan, index);
                     pack_lanes(q_rows, tile, D, w.rows, w.q_lanes);
                     pack_lanes(grad_rows, tile, E, w.rows, w.grad_lanes);
-                    const auto pack_pairs = [&](Rows<const In> in, int width, Matrix<Unit> out) {
-                        for (int r = 0; r < tile.n; r += STEP<Unit>) {
-                            const In* next = r + 1 < tile.n ? in[tile.query[r + 1]] : zeros;
-                            pack_rows(in[tile.query[r]], next, width, out[r / STEP<Unit>]);
-                        }
+                    const auto pack_pairs = [&](Rows<const In> in, int width, Matrix<Unit> out, auto use) {
+                        const auto row = [&](int r) {
+                            return r < tile.n && use(in[tile.query[r]]) ? in[tile.query[r]] : zeros;
+                        };
+                        for (int r = 0; r < tile.n; r += STEP<Unit>)
+                            pack_rows(row(r), row(r + 1), width, out[r / STEP<Unit>]);
                     };
-                    pack_pairs(q_rows, D, w.q_pairs);
-                    pack_pairs(grad_rows, E, w.grad_pairs);
+                    // The weights of a query that is not finite are not either, and to keys that it does not see it is
+                    // nothing.
+                    pack_pairs(q_rows, D, w.q_pairs, [&](const In* query) { return attlas::finite(query, D); });
+                    pack_pairs(grad_rows, E, w.grad_pairs, [](const In*) { return true; });
                     for (int r = 0; r < QUERIES; ++r) {
                         const bool real = r < tile.n;
                         const int64_t token = real ? tile.query[r] : 0;
