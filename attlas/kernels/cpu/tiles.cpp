@@ -58,6 +58,9 @@ struct Problem {
     bool parallel() const { return work >= WORTH_THREADS; }
 };
 
+// Rows of so many whole vectors; rows that are made in whole register tiles there are padded(n) of.
+int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
 // Calls task(i, scratch of the thread) for i < count. False if there is no memory for the scratch.
 template <class Scratch, class F>
 bool for_all(const Problem& p, int64_t count, F task) {
@@ -229,14 +232,14 @@ struct ForwardScratch {
     Matrix<bf16> zeros;
 
     void place(Arena& arena, const Problem& p) {
-        const int64_t d = padded(p.key_size), e = padded(p.value_size);
+        const int64_t d = whole(p.key_size), e = whole(p.value_size);
         arena.place(rows, QUERIES, d);
-        arena.place(queries, d, QUERIES);
+        arena.place(queries, padded(p.key_size), QUERIES);
         arena.place(keys, KEYS, d);
         arena.place(values, KEYS, e);
         arena.place(weights, KEYS, QUERIES);
         arena.place(scores, KEYS + 1, QUERIES);
-        arena.place(sum, e, QUERIES);
+        arena.place(sum, padded(p.value_size), QUERIES);
         arena.place(results, QUERIES, e);
         arena.place(largest, 1, QUERIES);
         arena.place(total, 1, QUERIES);
@@ -358,11 +361,11 @@ struct BackwardScratch {
     Matrix<bf16> zeros;
 
     void place(Arena& arena, const Problem& p) {
-        const int64_t d = padded(p.key_size), e = padded(p.value_size), largest = std::max(d, e);
+        const int64_t d = whole(p.key_size), e = whole(p.value_size), largest = std::max(d, e);
         arena.place(rows, QUERIES, largest);
-        arena.place(q_lanes, d, QUERIES);
+        arena.place(q_lanes, padded(p.key_size), QUERIES);
         arena.place(q_pairs, QUERIES, d);
-        arena.place(grad_lanes, e, QUERIES);
+        arena.place(grad_lanes, padded(p.value_size), QUERIES);
         arena.place(grad_pairs, QUERIES, e);
         arena.place(keys, KEYS, d);
         arena.place(key_pairs, KEYS, d);
@@ -372,7 +375,7 @@ struct BackwardScratch {
         arena.place(dscores, KEYS, QUERIES);
         arena.place(scores, KEYS + 1, QUERIES);
         arena.place(dweights, KEYS + 1, QUERIES);
-        arena.place(dq, d, QUERIES);
+        arena.place(dq, padded(p.key_size), QUERIES);
         arena.place(dq_rows, QUERIES, d);
         arena.place(dk, KEYS, d);
         arena.place(dv, KEYS, e);
@@ -418,7 +421,7 @@ bool backward(const Problem& p, const Array* arrays) {
     const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4], &grad = arrays[5];
     const Array &dq = arrays[6], &dk = arrays[7], &dv = arrays[8], &dbias = arrays[9];
     const int D = p.key_size, E = p.value_size;
-    const int64_t shared = p.heads / p.groups, d = padded(D), e = padded(E);
+    const int64_t shared = p.heads / p.groups, d = whole(D), e = whole(E);
 
     const Finite finite_keys(p, k, D, (const In*)nullptr);
 
@@ -464,7 +467,7 @@ bool backward(const Problem& p, const Array* arrays) {
                             sum += to_float(o_rows[token][f]) * to_float(grad_rows[token][f]);
                         w.delta[0][r] = sum;
                     }
-                    std::fill_n(w.dq[0], d * QUERIES, 0.0f);
+                    std::fill_n(w.dq[0], padded(D) * QUERIES, 0.0f);
 
                     Cursor cursor(p, tile, b);
                     for (Chunk chunk; cursor.fill(chunk);) {
