@@ -26,7 +26,8 @@ class Rows:
     """Rows of a growing tensor along dimension 2, appended in amortised constant time.
 
     Appending to the newest Rows writes in place behind the rows that others see; appending to an older
-    one copies first. With gradients on, appending concatenates.
+    one copies first. With gradients on, appending concatenates: rows that need gradients, and flags and
+    numbers, which a graph may have kept.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -40,7 +41,8 @@ class Rows:
 
     def append(self, new: Tensor) -> Rows:
         """These rows and `new` (B, G, n, ...) behind them."""
-        if torch.is_grad_enabled() and (new.requires_grad or self._storage.data.requires_grad):
+        kept = new.requires_grad or self._storage.data.requires_grad or not new.is_floating_point()
+        if torch.is_grad_enabled() and kept:
             return Rows(torch.cat([self.rows, new], 2))
         storage, end = self._storage, self._length + new.shape[2]
         if storage.filled != self._length or end > storage.data.shape[2]:

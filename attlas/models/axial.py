@@ -123,6 +123,8 @@ class AxialTransformer(nn.Module):
         super().__init__()
         if symbols < 2:
             raise BadInput(f"symbols counts what a pixel can be, at least 2, got {symbols}")
+        if inner < 0:
+            raise BadInput(f"inner counts blocks, at least 0, got {inner}")
         self.height, self.width, self.symbols = height, width, symbols
         self.embedding = nn.Parameter(_embedding(symbols, dim))
         self.positions = _Positions(height, width, dim)
@@ -136,6 +138,7 @@ class AxialTransformer(nn.Module):
 
     def forward(self, x_BHW: Tensor, condition_BHWD: Tensor | None = None) -> Tensor:
         """The logits (B, H, W, K) of each pixel, given those before it and the condition."""
+        x_BHW = _symbols(x_BHW, (self.height, self.width), self.symbols)
         self._check(x_BHW, condition_BHWD)
         h_BHWD = self.beside(x_BHW, self.context(x_BHW, condition_BHWD), condition_BHWD)
         h_BND = h_BHWD.flatten(1, 2)
@@ -144,15 +147,13 @@ class AxialTransformer(nn.Module):
         return self.head(self.norm(h_BND)).unflatten(1, (self.height, self.width))
 
     def _check(self, x: Tensor, condition: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[1:] != (self.height, self.width) or x.is_floating_point():
-            raise BadInput(f"an image is integers (batch, {self.height}, {self.width}), got {x.dtype} {tuple(x.shape)}")
         wanted = (*x.shape, self.embedding.shape[1])
         if condition is not None and condition.shape != wanted:
             raise BadInput(f"the condition is {wanted}, got {tuple(condition.shape)}")
 
     def context(self, x_BHW: Tensor, condition_BHWD: Tensor | None = None) -> Tensor:
         """u (B, H, W, D): at each row, what stands in the rows above."""
-        u_BHWD = self.embedding[x_BHW] + self.positions()
+        u_BHWD = F.embedding(x_BHW, self.embedding) + self.positions()
         if condition_BHWD is not None:
             u_BHWD = u_BHWD + condition_BHWD
         u_BHWD = self.outer(u_BHWD.flatten(1, 2)).view_as(u_BHWD)
@@ -160,7 +161,7 @@ class AxialTransformer(nn.Module):
 
     def beside(self, x_BHW: Tensor, u_BHWD: Tensor, condition_BHWD: Tensor | None = None) -> Tensor:
         """What enters the inner blocks: u and the pixel to the left."""
-        left_BHWD = F.pad(self.embedding[x_BHW], (0, 0, 1, 0))[:, :, :-1]
+        left_BHWD = F.pad(F.embedding(x_BHW, self.embedding), (0, 0, 1, 0))[:, :, :-1]
         h_BHWD = left_BHWD + u_BHWD + self.positions()
         return h_BHWD if condition_BHWD is None else h_BHWD + condition_BHWD
 
@@ -172,6 +173,7 @@ class AxialTransformer(nn.Module):
         pixel of it is one step of a stream through the inner ones.
         """
         x_BHW = self._blank(noise_BHWK)
+        self._check(x_BHW, condition_BHWD)
         blocks = [block for block in self.inner if isinstance(block, AxialBlock)]
         states = [block.attention.initial_state(x_BHW.shape[0], self.embedding) for block in blocks]
         for row in range(self.height):
@@ -229,6 +231,8 @@ class AxialImageModel(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if channels < 1:
+            raise BadInput(f"channels counts those of the image, at least 1, got {channels}")
         self.channels = channels
         settings: dict[str, Any] = {"heads": heads, "factor": factor, "dropout": dropout}
         self.convolution = nn.Conv2d(2 * channels, dim, 3, padding=1)
@@ -239,16 +243,12 @@ class AxialImageModel(nn.Module):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """The logits (B, H, W, C, K) of every channel of every pixel, given what comes before."""
-        self._check(x_BHWC)
+        x_BHWC = self._check(x_BHWC)
         batch = x_BHWC.shape[:1]
         return torch.stack([self._channel(x_BHWC, x_BHWC.new_full(batch, c))[1] for c in range(self.channels)], 3)
 
-    def _check(self, x: Tensor) -> None:
-        wanted = (self.slices.height, self.slices.width, self.channels)
-        if x.ndim != 4 or x.shape[1:] != wanted or x.is_floating_point():
-            raise BadInput(
-                f"an image is integers (batch, {', '.join(map(str, wanted))}), got {x.dtype} {tuple(x.shape)}"
-            )
+    def _check(self, x: Tensor) -> Tensor:
+        return _symbols(x, (self.slices.height, self.slices.width, self.channels), self.slices.symbols)
 
     def _channel(self, x_BHWC: Tensor, channel_B: Tensor) -> tuple[Tensor, Tensor]:
         """One channel of each image, and its logits (B, H, W, K)."""
@@ -267,17 +267,21 @@ class AxialImageModel(nn.Module):
 
     def loss(self, x_BHWC: Tensor, channel_B: Tensor | None = None) -> Tensor:
         """Bits for each symbol of one channel of each image; a random one by default, which has the mean of all."""
-        self._check(x_BHWC)
+        x_BHWC = self._check(x_BHWC)
         if channel_B is None:
             channel_B = torch.randint(self.channels, x_BHWC.shape[:1], device=x_BHWC.device)
+        if channel_B.shape != x_BHWC.shape[:1]:
+            raise BadInput(f"channel_B is one channel for each of {len(x_BHWC)} images, got {tuple(channel_B.shape)}")
+        channel_B = _whole("channels", channel_B, self.channels)
         x_BHW, logits_BHWK = self._channel(x_BHWC, channel_B)
         return bits(logits_BHWK, x_BHW)
 
     @torch.no_grad()
     def sample(self, noise_BHWCK: Tensor) -> Tensor:
         """Images (B, H, W, C), channel by channel, with `AxialTransformer.sample`."""
-        if noise_BHWCK.ndim != 5 or noise_BHWCK.shape[3] != self.channels:
-            raise BadInput(f"noise is (batch, height, width, {self.channels}, symbols), got {tuple(noise_BHWCK.shape)}")
+        wanted = (self.slices.height, self.slices.width, self.channels, self.slices.symbols)
+        if noise_BHWCK.ndim != 5 or noise_BHWCK.shape[1:] != wanted:
+            raise BadInput(f"noise is (batch, {', '.join(map(str, wanted))}), got {tuple(noise_BHWCK.shape)}")
         x_BHWC = torch.zeros(noise_BHWCK.shape[:4], dtype=torch.int64, device=noise_BHWCK.device)
         for c in range(self.channels):
             condition = self.condition(x_BHWC, x_BHWC.new_full(x_BHWC.shape[:1], c))
@@ -293,6 +297,23 @@ def bits(logits_K: Tensor, x: Tensor) -> Tensor:
 def gumbel(*shape: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """Noise with which the largest of noise and logits is a sample of their softmax, at a temperature."""
     return -temperature * torch.empty(shape).exponential_(generator=generator).log()
+
+
+def _symbols(x: Tensor, shape: tuple[int, ...], count: int) -> Tensor:
+    """The images (batch, *shape) as int64."""
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape:
+        raise BadInput(f"an image is integers (batch, {', '.join(map(str, shape))}), got {x.dtype} {tuple(x.shape)}")
+    return _whole("symbols", x, count)
+
+
+def _whole(name: str, x: Tensor, count: int) -> Tensor:
+    """`x` as int64, all of them 0 to `count` - 1; a graph that is compiled asks no more than the dtype."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise BadInput(f"{name} are integers, got {x.dtype}")
+    x = x.long()
+    if x.numel() and not torch.compiler.is_compiling() and not 0 <= x.min() <= x.max() < count:
+        raise BadInput(f"{name} are 0 to {count - 1}, got {x.min()} to {x.max()}")
+    return x
 
 
 class _Positions(nn.Module):

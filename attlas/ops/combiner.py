@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isqrt
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
 from attlas.core.mechanism import Site
-from attlas.core.state import KVCache
+from attlas.core.state import KVCache, Rows
+from attlas.ops.precision import as_written, wide
 
 POOLS = ("max", "mean", "sum")
 
@@ -48,11 +50,22 @@ class Regions(NamedTuple):
     live: Tensor
 
 
+class Open(Protocol):
+    """A state with a segment that is not full yet."""
+
+    @property
+    def q(self) -> Rows:
+        """Its queries, (B, H, n, D)."""
+
+
+State = TypeVar("State", bound=Open)
+
+
 def segment_length(site: Site, segment: int | None) -> int:
     """`segment`, or the root of the length that the layer is trained on, rounded up."""
     if segment is not None:
-        if segment < 1:
-            raise BadInput(f"segment counts the tokens of a segment, at least 1, got {segment}")
+        if not isinstance(segment, int) or segment < 1:
+            raise BadInput(f"segment counts the tokens of a segment, a whole number of at least 1, got {segment}")
         return segment
     length = site.length if site.grid is None else site.grid.tokens
     if length is None:
@@ -64,9 +77,29 @@ def row_length(site: Site, segment: int | None) -> int:
     """Likewise where tokens lie in rows: a grid of two axes has its own."""
     if site.grid is None or site.grid.rank == 1:
         return segment_length(site, segment)
+    if site.grid.rank > 2:
+        raise BadInput(f"rows are those of a grid of two axes, or cut from one axis, got the {site.grid}")
     if segment is not None:
         raise BadInput(f"rows are those of the {site.grid}: leave segment={segment} out")
     return site.grid.shape[1]
+
+
+def row_width(grid: Grid, segment: int) -> int:
+    """Places of a row on `grid`."""
+    return grid.shape[1] if grid.rank == 2 else min(segment, grid.tokens)
+
+
+def by_segments(
+    tokens: int, segment: int, state: State, fill: Callable[[slice, State], tuple[Tensor, State]]
+) -> tuple[Tensor, State]:
+    """Outputs of new tokens, (B, H, tokens, E), by `fill` of those that the open segment has room for."""
+    parts, start = [], 0
+    while start < tokens:
+        stop = min(start + segment - state.q.rows.shape[2], tokens)
+        part, state = fill(slice(start, stop), state)
+        parts.append(part)
+        start = stop
+    return torch.cat(parts, 2), state
 
 
 def no_queries_missing(queries: int, keys: int) -> None:
@@ -101,6 +134,7 @@ def cut(x: Tensor, size: int, dim: int = 2) -> Tensor:
 
 def pool(x_SD: Tensor, real_S: Tensor, kind: str) -> Tensor:
     """The real ones of the last but one axis, (..., S, D) -> (..., D); 0 where there is none."""
+    x_SD = wide(x_SD)
     real_S1 = real_S.unsqueeze(-1)
     if kind == "max":
         highest = x_SD.masked_fill(~real_S1, torch.finfo(x_SD.dtype).min).amax(-2)
@@ -111,7 +145,7 @@ def pool(x_SD: Tensor, real_S: Tensor, kind: str) -> Tensor:
 
 def masked_softmax(scores: Tensor, seen: Tensor) -> Tensor:
     """Weights over the last axis; the row of a query that sees nothing is 0."""
-    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0)
 
 
 def summarise(q_SD: Tensor, k_SD: Tensor, v_SE: Tensor, real_S: Tensor, scale: float) -> Regions:
@@ -121,18 +155,24 @@ def summarise(q_SD: Tensor, k_SD: Tensor, v_SE: Tensor, real_S: Tensor, scale: f
 
 def valued(query_D: Tensor, key_D: Tensor, k_SD: Tensor, v_SE: Tensor, real_S: Tensor, scale: float) -> Regions:
     """The regions of these members with the summaries Q and K."""
-    scores = (query_D * scale).unsqueeze(-2) @ k_SD.mT
-    value_E = (masked_softmax(scores, real_S.unsqueeze(-2)) @ v_SE).squeeze(-2)
+    with as_written(k_SD):
+        scores = (wide(query_D) * scale).unsqueeze(-2) @ wide(k_SD).mT
+        value_E = (masked_softmax(scores, real_S.unsqueeze(-2)) @ wide(v_SE)).squeeze(-2)
     return Regions(key_D, value_E, real_S.any(-1))
 
 
 def regions_before(q_SD: Tensor, k_SD: Tensor, v_SE: Tensor, real_S: Tensor, scale: float) -> Regions:
-    """For each place of the last but one axis the region of all places before it, (..., S, D); pooled by maximum."""
+    """For each place of the last but one axis the region of all places before it, (..., S, D); pooled by maximum.
+
+    Of members that are largest together the gradient goes to the nearest, where `pool` shares it among them: both are
+    subgradients.
+    """
     places = torch.arange(k_SD.shape[-2], device=k_SD.device)
     so_far = (places <= places.unsqueeze(1)) & real_S.unsqueeze(-2)
     live_S = real_S.cumsum(-1) > 0
     query_SD, key_SD = (_running_max(x, real_S).masked_fill(~live_S.unsqueeze(-1), 0) for x in (q_SD, k_SD))
-    value_SE = masked_softmax((query_SD * scale) @ k_SD.mT, so_far) @ v_SE
+    with as_written(k_SD):
+        value_SE = masked_softmax((query_SD * scale) @ wide(k_SD).mT, so_far) @ wide(v_SE)
     return Regions(_shift(key_SD), _shift(value_SE), _shift(live_S.unsqueeze(-1)).squeeze(-1))
 
 
@@ -144,6 +184,7 @@ def regions_behind(q_SD: Tensor, k_SD: Tensor, v_SE: Tensor, real_S: Tensor, sca
 
 
 def _running_max(x_SD: Tensor, real_S: Tensor) -> Tensor:
+    x_SD = wide(x_SD)
     return x_SD.masked_fill(~real_S.unsqueeze(-1), torch.finfo(x_SD.dtype).min).cummax(-2).values
 
 
@@ -154,7 +195,12 @@ def _shift(x_SD: Tensor) -> Tensor:
 
 def joint_attention(q_BHTUD: Tensor, slots: Sequence[Slots], scale: float) -> Tensor:
     """One softmax over all slots; (B, H, T, U, E), 0 for a query that sees none."""
-    q = q_BHTUD * scale
+    with as_written(q_BHTUD):
+        slots = [each._replace(keys=wide(each.keys), values=wide(each.values)) for each in slots]
+        return _joint(wide(q_BHTUD) * scale, slots).to(q_BHTUD.dtype)
+
+
+def _joint(q: Tensor, slots: Sequence[Slots]) -> Tensor:
     scores = []
     for each in slots:
         if each.across:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,16 +109,23 @@ def use_backend(layer: nn.Module, backend: str) -> nn.Module:
 
 
 def gradients(
-    layer: nn.Module, inputs: list[Tensor], real: Tensor | None = None, **kwargs: object
+    layer: Callable[..., Tensor],
+    inputs: list[Tensor],
+    real: Tensor | None = None,
+    parameters: list[nn.Parameter] | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of inputs and parameters under fixed random gradients of the real outputs."""
+    """The output, and the gradients of inputs and parameters under fixed random gradients of the real outputs.
+
+    `parameters` are those of the layer where it is a module.
+    """
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     y = layer(*inputs, **kwargs)
     torch.manual_seed(3)
     seed = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
     if real is not None:
         seed = seed.where(real.unsqueeze(-1), 0)
-    wanted = inputs + list(layer.parameters())
+    wanted = inputs + list(layer.parameters() if parameters is None else parameters)
     grads = torch.autograd.grad(y, wanted, seed, allow_unused=True)
     return y, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
 
@@ -279,6 +286,17 @@ def check_sees_nothing(case: Case) -> None:
         assert grad is None or torch.isfinite(grad).all(), "gradient is not finite"
 
 
+def stream(layer: attlas.Mixer, x: Tensor, keep: Tensor | None, sizes: list[int]) -> Tensor:
+    """The output of segments of these sizes, with carried state."""
+    state, parts, start = layer.initial_state(len(x), like=x), [], 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        y, state = layer.extend(x[:, piece], state, keep=None if keep is None else keep[:, piece])
+        parts.append(y)
+        start += size
+    return torch.cat(parts, 1)
+
+
 def check_segments(case: Case) -> None:
     """4. Any segmentation with carried state equals one full pass, with padding too."""
     layer, (x,) = case.build(), case.inputs()
@@ -288,15 +306,20 @@ def check_segments(case: Case) -> None:
         real = torch.ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
         for sizes in ([tokens], [1] * tokens, [3, 0, 1, tokens - 4]):
             with torch.no_grad():
-                state = layer.initial_state(BATCH, like=x)
-                parts, start = [], 0
-                for size in sizes:
-                    piece = slice(start, start + size)
-                    y, state = layer.extend(x[:, piece], state, keep=None if keep is None else keep[:, piece])
-                    parts.append(y)
-                    start += size
-            got = torch.cat(parts, 1)
+                got = stream(layer, x, keep, sizes)
             assert_close(got[real], whole[real], TOLERANCE[torch.float64], f"segments {sizes}")
+
+
+def check_stream_gradients(case: Case) -> None:
+    """4a. The gradients of a stream are those of the full pass, with padding too."""
+    layer, (x,) = case.build(), case.inputs()
+    sizes, parameters = [3, 2, x.shape[1] - 5], list(layer.parameters())
+    keep = torch.arange(x.shape[1]).expand(BATCH, -1) != torch.tensor([[1], [3], [4]])
+    for mask in (None, keep):
+        _, expected = gradients(layer, [x], mask, mask=mask, grid=case.grid)
+        _, got = gradients(lambda x, mask=mask: stream(layer, x, mask, sizes), [x], mask, parameters)
+        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert_close(a, b, TOLERANCE[torch.float64], f"gradient {index} of a stream with mask {mask}", floor=1e-12)
 
 
 def check_branching(case: Case) -> None:

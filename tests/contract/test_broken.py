@@ -136,6 +136,13 @@ class ForgetsTheState(Right):
         return super().advance(q, k, v, torch.zeros_like(state), keep, tokens)
 
 
+class DetachesTheState(Right):
+    """Right outputs of a stream, whose gradients end at the last segment."""
+
+    def advance(self, q, k, v, state, keep, tokens):
+        return super().advance(q, k, v, state.detach(), keep, tokens)
+
+
 class MixesTheBatch(Right):
     """Subtracts the mean over the batch."""
 
@@ -168,6 +175,7 @@ ALL = [
     checks.check_padding,
     checks.check_sees_nothing,
     checks.check_segments,
+    checks.check_stream_gradients,
     checks.check_batch,
     checks.check_cost,
     checks.check_pairs,
@@ -196,6 +204,7 @@ def test_the_right_one_passes(check):
         (WrongCost, checks.check_cost),
         (WrongPairs, checks.check_pairs),
         (ForgetsTheState, checks.check_segments),
+        (DetachesTheState, checks.check_stream_gradients),
         (MixesTheBatch, checks.check_batch),
         (DetachesValues, checks.check_oracle),
         (DetachesValues, checks.check_parameters),

@@ -74,6 +74,11 @@ def test_any_segmentation_equals_the_full_pass(case):
 
 
 @over(STREAMING)
+def test_gradients_of_a_stream_equal_those_of_the_full_pass(case):
+    checks.check_stream_gradients(case)
+
+
+@over(STREAMING)
 def test_an_extended_state_stays_valid(case):
     checks.check_branching(case)
 

@@ -58,6 +58,16 @@ def test_rows_keep_gradients():
     assert new.grad.sum() == 2
 
 
+def test_a_graph_may_keep_flags_that_are_appended_to():
+    x = torch.ones(1, 1, 1, 2, requires_grad=True)
+    cache, total = KVCache.empty(1, 1, 2, 2, x), 0
+    for _ in range(5):
+        cache = cache.append(x, x, torch.ones(1, 1, dtype=torch.bool))
+        total = total + (cache.k.rows * cache.keys[:, None, :, None]).sum()
+    total.backward()
+    assert x.grad.sum() == 2 * (1 + 2 + 3 + 4 + 5)
+
+
 def test_state_bytes_count_everything():
     cache = KVCache.empty(2, 3, 4, 5, torch.empty(0, dtype=torch.bfloat16))
     cache = cache.append(*(torch.zeros(2, 3, 7, d, dtype=torch.bfloat16) for d in (4, 5)), None)

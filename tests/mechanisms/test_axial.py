@@ -88,6 +88,25 @@ def test_the_state_along_rows_is_the_open_row():
     assert kept == [1, 2, 3, 0] * 50
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [[25], [24, 1], [20, 5]])
+def test_a_stream_ends_where_its_grid_does(axis, sizes):
+    layer = attlas.mixer("axial", 16, 2, causal=True, grid=(2, 3, 4), axis=axis)
+    *fits, last = torch.randn(1, 25, 16).split(sizes, 1)
+    state = layer.initial_state(1)
+    for piece in fits:
+        _, state = layer.extend(piece, state)
+    with pytest.raises(BadInput, match=f"24 positions, the stream {25 - sizes[-1]} and {sizes[-1]} more: the next"):
+        layer.extend(last, state)
+
+
+def test_on_one_axis_a_stream_has_no_end():
+    layer = attlas.mixer("axial", 16, 2, causal=True, grid=(3,)).double()
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
+    y, _ = layer.extend(x, layer.initial_state(1))
+    torch.testing.assert_close(y, layer(x, grid=(5,)), rtol=0, atol=1e-12)
+
+
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(BadInput, match="axis 2 is not on a grid 4x5: take -2 to 1"):
         attlas.mixer("axial", 16, 2, grid=(4, 5), axis=2)
@@ -95,8 +114,10 @@ def test_what_has_no_meaning_is_refused():
         attlas.mixer("axial", 16, 2, axis=3)
     with pytest.raises(BadInput, match="axis 1 is not on a grid 12"):
         attlas.attend(*tensors(12), "axial", axis=1)
-    with pytest.raises(BadInput, match="axis 1 is not on a grid 1"):
+    with pytest.raises(BadInput, match="a stream along axis 1 needs a grid: build the layer with grid="):
         attlas.mixer("axial", 16, 2, axis=1, causal=True).initial_state(1)
+    with pytest.raises(BadInput, match=r"axis is a whole number, got 1\.5"):
+        attlas.mixer("axial", 16, 2, axis=1.5, grid=(4, 5))
     q, k, v = tensors(12)
     layer = attlas.make_attend("axial", 2, 4, causal=True, grid=(3, 4))
     with pytest.raises(BadInput, match="every token is a query"):

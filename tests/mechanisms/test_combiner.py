@@ -259,6 +259,57 @@ def test_a_long_stream_of_odd_pieces_equals_the_whole(name):
             torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=0, atol=1e-12)
 
 
+SETTINGS = [(name, {}) for name in ALL] + [("combiner_fixed", {"pool": kind}) for kind in ("mean", "sum")]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+def test_scores_that_float16_cannot_hold(name, settings):
+    torch.manual_seed(0)
+    layer = attlas.make_attend(name, 2, 8, causal=True, length=16, **settings).half()
+    q, k, v = (torch.randn(1, 2, 16, 8).half() for _ in "qkv")
+    q, k, x = q * 1000, k * 1000, torch.randn(1, 16, 16).half()
+    got = layer(q, k, v, tokens=x)
+    assert got.dtype == torch.float16
+    state, parts = layer.initial_state(1, q), []
+    for *part, tokens in zip(q.split(3, 2), k.split(3, 2), v.split(3, 2), x.split(3, 1), strict=True):
+        o, state = layer.advance(*part, state, None, tokens)
+        parts.append(o)
+    expected = layer.double()(q.double(), k.double(), v.double(), tokens=x.double())
+    for o in (got, torch.cat(parts, 2)):
+        torch.testing.assert_close(o.double(), expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stream_in_half_precision_keeps_its_summaries_in_float32(name, settings, dtype):
+    """Nothing but the order of sums differs from the full pass, and hardly an output is rounded otherwise."""
+    torch.manual_seed(0)
+    layer = attlas.make_attend(name, 2, 8, causal=True, length=37, **settings).to(dtype)
+    q, k, v = (torch.randn(2, 2, 37, 8).to(dtype) for _ in "qkv")
+    x, keep, state, parts = torch.randn(2, 37, 16).to(dtype), torch.rand(2, 37) > 0.2, layer.initial_state(2, q), []
+    for start, stop in pairwise([0, 1, 2, 9, 22, 23, 37]):
+        new = slice(start, stop)
+        o, state = layer.advance(q[:, :, new], k[:, :, new], v[:, :, new], state, keep[:, new], x[:, new])
+        assert o.dtype == dtype
+        parts.append(o)
+    whole = layer(q, k, v, mask=attlas.Mask.padding(keep), tokens=x)
+    rows = keep.unsqueeze(1).expand(-1, 2, -1)
+    assert (torch.cat(parts, 2) != whole)[rows].double().mean() < 0.02
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_at_ties_parameters_get_the_gradients_of_the_oracle(name):
+    """Of equal tokens: which of them the gradient of a maximum goes to is open, what it tells of them together not."""
+    layer = attlas.mixer(name, 8, 2, causal=True, length=9).double()
+    token = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+    wanted, found = [token, *layer.parameters()], []
+    for backend in ("auto", "oracle"):
+        layer.attend.backend = backend
+        found.append(torch.autograd.grad(layer(token.repeat(1, 3, 1)).square().sum(), wanted))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
 def test_the_state_of_fixed_segments_is_their_summaries():
     layer = attlas.mixer("combiner_fixed", 8, 2, causal=True, segment=4)
     state = layer.initial_state(1)
@@ -317,9 +368,13 @@ def test_the_written_out_matrix_is_softmax_where_there_are_no_regions():
     [
         ("combiner_fixed", {}, "pass length=, or segment="),
         ("combiner_fixed", {"segment": 0}, "at least 1, got 0"),
+        ("combiner_fixed", {"segment": 2.5}, "a whole number of at least 1, got 2.5"),
+        ("combiner_axial", {"segment": 2.5}, "a whole number of at least 1, got 2.5"),
         ("combiner_fixed", {"segment": 4, "pool": "last"}, "'max', 'mean', 'sum', got 'last'"),
         ("combiner_fixed", {"segment": 4, "activation": "gelu"}, "'deepset', got 'gelu'"),
         ("combiner_axial", {"grid": (3, 4), "segment": 4}, "rows are those of the grid 3x4: leave segment=4 out"),
+        ("combiner_axial", {"grid": (2, 3, 4)}, "a grid of two axes, or cut from one axis, got the grid 2x3x4"),
+        ("combiner_mixture", {"grid": (2, 3, 4), "segment": 4}, "a grid of two axes, or cut from one axis"),
         ("combiner_mixture", {}, "pass length=, or segment="),
     ],
 )

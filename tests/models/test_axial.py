@@ -161,5 +161,45 @@ def test_what_is_no_image_or_model_is_refused():
     channels = AxialImageModel(4, 3, 2, symbols=4, dim=16, heads=2, exterior=2, outer=2, inner=1)
     with pytest.raises(BadInput, match=r"integers \(batch, 4, 3, 2\)"):
         channels(torch.zeros(1, 4, 3, 3, dtype=torch.int64))
-    with pytest.raises(BadInput, match="noise is"):
-        channels.sample(torch.zeros(1, 4, 3, 3, 4))
+    for shape in ((4, 3, 3, 4), (3, 4, 2, 4), (4, 3, 2, 5)):
+        with pytest.raises(BadInput, match=r"noise is \(batch, 4, 3, 2, 4\)"):
+            channels.sample(torch.zeros(1, *shape))
+    with pytest.raises(BadInput, match="channels are 0 to 1, got 0 to 3"):
+        channels.loss(torch.zeros(2, 4, 3, 2, dtype=torch.int64), torch.tensor([0, 3]))
+    with pytest.raises(BadInput, match="one channel for each of 2 images"):
+        channels.loss(torch.zeros(2, 4, 3, 2, dtype=torch.int64), torch.tensor([1]))
+    with pytest.raises(BadInput, match="channels counts those of the image, at least 1, got 0"):
+        AxialImageModel(4, 3, 0, dim=16, heads=2)
+    with pytest.raises(BadInput, match="inner counts blocks, at least 0, got -1"):
+        AxialTransformer(4, 4, dim=16, heads=2, inner=-1)
+
+
+@pytest.mark.parametrize("sampled", ["sample", "sample_slowly"])
+def test_a_condition_is_of_as_many_images(sampled):
+    with pytest.raises(BadInput, match=r"condition is \(2, 5, 5, 16\), got \(1, 5, 5, 16\)"):
+        getattr(small(), sampled)(torch.zeros(2, 5, 5, 4), torch.zeros(1, 5, 5, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_symbols_are_integers_of_any_size(dtype):
+    x, model = torch.randint(4, (2, 5, 5)), small()
+    assert torch.equal(model(x.to(dtype)), model(x))
+    images = torch.randint(4, (2, 4, 3, 2))
+    channels = stirred(AxialImageModel(4, 3, 2, symbols=4, dim=16, heads=2, exterior=2, outer=2, inner=1))
+    assert torch.equal(channels(images.to(dtype)), channels(images))
+    channel = torch.tensor([1, 0])
+    assert torch.equal(channels.loss(images.to(dtype), channel.to(dtype)), channels.loss(images, channel))
+
+
+@pytest.mark.parametrize("symbol", [-1, 4])
+def test_symbols_that_there_are_not_are_refused(symbol):
+    images = torch.zeros(1, 4, 3, 2, dtype=torch.int64)
+    images[0, 0, 0, 0] = symbol
+    channels = AxialImageModel(4, 3, 2, symbols=4, dim=16, heads=2, exterior=2, outer=2, inner=1)
+    for run in (channels, channels.loss):
+        with pytest.raises(BadInput, match="symbols are 0 to 3, got"):
+            run(images)
+    with pytest.raises(BadInput, match="symbols are 0 to 3, got"):
+        small()(torch.full((1, 5, 5), symbol))
+    with pytest.raises(BadInput, match=r"symbols are integers, got torch\.bool"):
+        small()(torch.zeros(1, 5, 5, dtype=torch.bool))

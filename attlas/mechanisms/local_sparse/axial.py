@@ -8,7 +8,8 @@ A causal layer looks back along its own axis only, which never is ahead in raste
 
 Time O(N S D H) for an axis of S positions, O(N^(1 + 1/r) D H) on a cube of r axes. A causal layer streams in raster
 order, on the grid that it was built with, and keeps the keys that later positions see: along the last axis those of
-the open line, along another those of all lines that are open side by side; without a grid, all keys.
+the open line, along another those of all lines that are open side by side; without a grid, or on one of one axis, all
+keys. On two or three axes a stream ends where the grid does.
 
 Source: Ho et al., "Axial Attention in Multidimensional Transformers", 2019 (arXiv:1912.12180), official code
 google-research/google-research, axial.
@@ -54,7 +55,7 @@ SPEC = Spec(
 
 
 class AxialState(NamedTuple):
-    """Keys and values of the open lines, and how many positions they have so far."""
+    """Keys and values of the open lines, and how many positions the stream has so far."""
 
     lines: KVCache
     place: int
@@ -72,6 +73,8 @@ class Axial(Attend):
 
     def __init__(self, site: Site, backend: str = "auto", *, axis: int = -1) -> None:
         super().__init__(site, backend)
+        if not isinstance(axis, int):
+            raise BadInput(f"axis is a whole number, got {axis}")
         self.axis = axis
         if site.grid is not None:
             self._axis(site.grid)
@@ -132,8 +135,8 @@ class Axial(Attend):
 
     def initial_state(self, batch: int, like: Tensor) -> AxialState:
         """No line open."""
-        if self.site.grid is None:
-            self._axis(Grid((1,)))
+        if self.site.grid is None and self.axis not in (0, -1):
+            raise BadInput(f"a stream along axis {self.axis} needs a grid: build the layer with grid=")
         size = self.site.head_dim
         return AxialState(KVCache.empty(batch, self.site.kv_heads, size, size, like), 0)
 
@@ -144,6 +147,11 @@ class Axial(Attend):
         end = q.shape[2]
         grid = self.site.grid or Grid((end,))
         axis = self._axis(grid)
+        if grid.rank > 1 and state.place + end > grid.positions:
+            raise BadInput(
+                f"the {grid} has {grid.positions} positions, the stream {state.place} and {end} more: the next grid "
+                "begins with initial_state"
+            )
         across = prod(grid.shape[axis + 1 :])  # lines that are open side by side
         whole = state.place + end if grid.rank == 1 else across * grid.shape[axis]
         parts, start = [], 0
@@ -154,9 +162,9 @@ class Axial(Attend):
                 k[:, :, start:stop], v[:, :, start:stop], None if keep is None else keep[:, start:stop]
             )
             parts.append(self._piece(q[:, :, start:stop], lines, across, state.place % across))
-            state = AxialState(lines, state.place + stop - start)
-            if state.place == whole and grid.rank > 1:
-                state = self.initial_state(q.shape[0], k)
+            place = state.place + stop - start
+            closed = grid.rank > 1 and place % whole == 0
+            state = AxialState(self.initial_state(q.shape[0], k).lines if closed else lines, place)
             start = stop
         return torch.cat(parts, 2), state
 

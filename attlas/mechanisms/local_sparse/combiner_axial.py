@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
-from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
@@ -36,6 +35,7 @@ from attlas.core.spec import Example, Pattern, Spec
 from attlas.core.state import KVCache, Rows
 from attlas.ops.combiner import (
     Slots,
+    by_segments,
     cached,
     cut,
     joint_attention,
@@ -43,7 +43,9 @@ from attlas.ops.combiner import (
     no_queries_missing,
     real_tokens,
     row_length,
+    row_width,
 )
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import blank_padding
 
 PARAMETERS = 6 * 16 * 16 + 2 * 16
@@ -98,7 +100,7 @@ class CombinerAxial(Attend):
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Rows side by side, then each query's row and column."""
         no_queries_missing(q_BHND.shape[2], k_BHMD.shape[2])
-        tokens, width = q_BHND.shape[2], self._width(call.grid)
+        tokens, width = q_BHND.shape[2], row_width(call.grid, self.segment)
         x_B1NC = self._residual(call.tokens).unsqueeze(1)
         blanked = blank_padding(call.mask.keys, x_B1NC, q_BHND, k_BHMD, v_BHMD)
         x, q, k, v = (cut(each, width) for each in blanked)
@@ -114,9 +116,6 @@ class CombinerAxial(Attend):
         )
         return joint_attention(q, slots, q.shape[-1] ** -0.5).flatten(2, 3)[:, :, :tokens]
 
-    def _width(self, grid: Grid) -> int:
-        return grid.shape[1] if grid.rank == 2 else min(self.segment, grid.tokens)
-
     def _residual(self, tokens: Tensor | None) -> Tensor:
         if tokens is None:
             raise BadInput("combiner_axial adds tokens to its summaries: pass tokens=, (batch, tokens, channels)")
@@ -124,9 +123,11 @@ class CombinerAxial(Attend):
 
     def _summarise(self, x_B1TUC: Tensor, q: Tensor, k: Tensor, v: Tensor, real_B1TU: Tensor) -> tuple[Tensor, Tensor]:
         """K and E of every place, (B, H, T, U, D)."""
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        values = masked_softmax(scores, real_B1TU.unsqueeze(3)) @ v
-        return self._keys(values.permute(0, 2, 3, 1, 4).flatten(3), x_B1TUC[:, 0]), values
+        with as_written(q):
+            scores = (wide(q) * q.shape[-1] ** -0.5) @ wide(k).mT
+            values = masked_softmax(scores, real_B1TU.unsqueeze(3)) @ wide(v)
+        found_BTUC = values.permute(0, 2, 3, 1, 4).flatten(3).to(v.dtype)
+        return self._keys(found_BTUC, x_B1TUC[:, 0]), values
 
     def _keys(self, found_BTUC: Tensor, x_BTUC: Tensor) -> Tensor:
         keys_BTUC = self.key_proj(self.norm(self.summary_proj(found_BTUC) + x_BTUC))
@@ -135,7 +136,7 @@ class CombinerAxial(Attend):
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Query by query, from lists of places; padding is in none."""
         no_queries_missing(q_BHND.shape[2], k_BHMD.shape[2])
-        width, scale = self._width(call.grid), q_BHND.shape[3] ** -0.5
+        width, scale = row_width(call.grid, self.segment), q_BHND.shape[3] ** -0.5
         x_BNC = self._residual(call.tokens)
         kept = real_tokens(call.mask.keys, q_BHND).tolist()
         o_BHND = torch.zeros_like(v_BHMD)
@@ -161,7 +162,7 @@ class CombinerAxial(Attend):
 
     def count(self, sizes: Sizes) -> Cost:
         """Slots, the attention inside rows, and W_s and W_k; masked and unread ones are multiplied too."""
-        tokens, width, size = sizes.queries, self._width(sizes.grid), self.site.head_dim
+        tokens, width, size = sizes.queries, row_width(sizes.grid, self.segment), self.site.head_dim
         batch, copies = sizes.batch, sizes.batch * self.site.heads
         full, rest = divmod(tokens, width)
         rows = full + (rest > 0)
@@ -185,9 +186,9 @@ class CombinerAxial(Attend):
     def initial_state(self, batch: int, like: Tensor) -> AxialState:
         """No row finished, nothing in the open one."""
         heads, size = self.site.heads, self.site.head_dim
-        nothing = KVCache.empty(batch, heads, size, size, like)
+        finished, nothing = (KVCache.empty(batch, heads, size, size, x) for x in (wide(like), like))
         x, q = (Rows(like.new_empty(batch, h, 0, c)) for h, c in ((1, self.site.dim), (heads, size)))
-        return AxialState(nothing, x, q, nothing)
+        return AxialState(finished, x, q, nothing)
 
     def advance(
         self, q: Tensor, k: Tensor, v: Tensor, state: AxialState, keep: Tensor | None, tokens: Tensor | None
@@ -195,14 +196,11 @@ class CombinerAxial(Attend):
         """Row by row."""
         x, q, k, v = blank_padding(keep, self._residual(tokens).unsqueeze(1), q, k, v)
         real = real_tokens(keep, q)
-        parts, start = [], 0
-        while start < q.shape[2]:
-            stop = min(start + self.segment - state.q.rows.shape[2], q.shape[2])
-            new = slice(start, stop)
-            part, state = self._fill(x[:, :, new], q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], state)
-            parts.append(part)
-            start = stop
-        return torch.cat(parts, 2), state
+
+        def fill(new: slice, state: AxialState) -> tuple[Tensor, AxialState]:
+            return self._fill(x[:, :, new], q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], state)
+
+        return by_segments(q.shape[2], self.segment, state, fill)
 
     def _fill(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, real_BU: Tensor, state: AxialState

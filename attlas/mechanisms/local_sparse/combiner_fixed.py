@@ -38,6 +38,7 @@ from attlas.ops.combiner import (
     POOLS,
     Regions,
     Slots,
+    by_segments,
     combined_weights,
     cut,
     joint_attention,
@@ -48,6 +49,7 @@ from attlas.ops.combiner import (
     valued,
 )
 from attlas.ops.pairs import weighted_values
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import blank_padding, softmax_attention
 
 ACTIVATIONS = (None, "relu", "deepset")
@@ -182,23 +184,20 @@ class CombinerFixed(Attend):
     def initial_state(self, batch: int, like: Tensor) -> FixedState:
         """No segment finished, nothing in the open one."""
         heads, size = self.site.heads, self.site.head_dim
-        nothing = KVCache.empty(batch, heads, size, size, like)
-        return FixedState(nothing, nothing, Rows(like.new_empty(batch, heads, 0, size)))
+        finished, nothing = (KVCache.empty(batch, heads, size, size, x) for x in (wide(like), like))
+        return FixedState(finished, nothing, Rows(like.new_empty(batch, heads, 0, size)))
 
     def advance(
         self, q: Tensor, k: Tensor, v: Tensor, state: FixedState, keep: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor, FixedState]:
         """Segment by segment: a finished one is a key in front of those of the open one."""
         q, k, v = blank_padding(keep, q, k, v)
-        parts, start = [], 0
-        while start < q.shape[2]:
-            stop = min(start + self.segment - state.q.rows.shape[2], q.shape[2])
-            new = slice(start, stop)
+
+        def fill(new: slice, state: FixedState) -> tuple[Tensor, FixedState]:
             kept = None if keep is None else keep[:, new]
-            part, state = self._fill(q[:, :, new], k[:, :, new], v[:, :, new], state, kept)
-            parts.append(part)
-            start = stop
-        return torch.cat(parts, 2), state
+            return self._fill(q[:, :, new], k[:, :, new], v[:, :, new], state, kept)
+
+        return by_segments(q.shape[2], self.segment, state, fill)
 
     def _fill(
         self, q: Tensor, k: Tensor, v: Tensor, state: FixedState, keep: Tensor | None
@@ -207,10 +206,11 @@ class CombinerFixed(Attend):
         state = FixedState(state.finished, state.open.append(k, v, keep), state.q.append(q))
         finished, opened, rows = state
         real_BR, real_BS = (real_tokens(cache.keys, cache.k.rows) for cache in (finished, opened))
-        keys = torch.cat([finished.k.rows, opened.k.rows], 2)
-        values = torch.cat([finished.v.rows, opened.v.rows], 2)
+        keys = torch.cat([finished.k.rows, wide(opened.k.rows)], 2)
+        values = torch.cat([finished.v.rows, wide(opened.v.rows)], 2)
         mask = Mask(causal=True, keys=torch.cat([real_BR, real_BS], 1), queries=keep)
-        o = softmax_attention(q, keys, values, mask, backend=self.backend)
+        with as_written(q):
+            o = softmax_attention(wide(q), keys, values, mask, backend=self.backend).to(q.dtype)
         if rows.rows.shape[2] < self.segment:
             return o, state
         key, value, live = self._summarise(rows.rows, opened.k.rows, opened.v.rows, real_BS.unsqueeze(1))

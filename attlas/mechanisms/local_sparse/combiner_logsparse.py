@@ -42,6 +42,7 @@ from attlas.ops.combiner import (
     summarise,
 )
 from attlas.ops.pairs import weighted_values
+from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import blank_padding
 
 PROJECTIONS = 4 * 16 * 16
@@ -86,12 +87,13 @@ class CombinerLogsparse(Attend):
         no_queries_missing(q_BHND.shape[2], k_BHMD.shape[2])
         real_BN = real_tokens(call.mask.keys, q_BHND)
         q, k, v = blank_padding(call.mask.keys, q_BHND, k_BHMD, v_BHMD)
-        return self._attend(q, k, v, real_BN, ())
+        with as_written(q):
+            return self._attend(q, k, v, real_BN, ())
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, real_BN: Tensor, before: tuple[Regions, ...]) -> Tensor:
         """Tokens that begin where their blocks do, behind blocks that all of them see."""
-        batch, tokens = q.shape[0], q.shape[2]
-        q = q * q.shape[3] ** -0.5
+        batch, tokens, dtype = q.shape[0], q.shape[2], q.dtype
+        q, k, v = wide(q) * q.shape[3] ** -0.5, wide(k), wide(v)
         scores, values = [q.unsqueeze(-2) @ k.unsqueeze(-1)], []
         seen = [real_BN[:, None, :, None, None]]
         for level in range((tokens - 1).bit_length()):
@@ -116,7 +118,7 @@ class CombinerLogsparse(Attend):
             o = o + _second(w2 @ value_BHPD.unsqueeze(-2), tokens)
         if shared is not None:
             o = o + weights_BHNM[..., len(values) + 1 :] @ torch.cat([region.values for region in before], 2)
-        return o
+        return o.to(dtype)
 
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """The factorisation as an N x N matrix, times the values."""
@@ -170,7 +172,8 @@ class CombinerLogsparse(Attend):
             if place:
                 length = min(length, place & -place)
             new = slice(place, place + length)
-            parts.append(self._attend(q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], blocks))
+            with as_written(q):
+                parts.append(self._attend(q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], blocks))
             place += length
             # As in counting: the digits that turn from 1 to 0 give their blocks to the one that turns to 1.
             closed = slice(place - (place & -place), place)

@@ -31,7 +31,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
@@ -40,6 +39,7 @@ from attlas.core.state import KVCache, Rows
 from attlas.ops.combiner import (
     Regions,
     Slots,
+    by_segments,
     cached,
     combined_weights,
     cut,
@@ -49,9 +49,11 @@ from attlas.ops.combiner import (
     regions_before,
     regions_behind,
     row_length,
+    row_width,
     valued,
 )
 from attlas.ops.pairs import weighted_values
+from attlas.ops.precision import wide
 from attlas.ops.softmax import blank_padding
 
 PROJECTIONS = 4 * 16 * 16
@@ -113,7 +115,7 @@ class CombinerMixture(Attend):
     def compute(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """Summaries of all parts by running maxima, then one softmax."""
         no_queries_missing(q_BHND.shape[2], k_BHMD.shape[2])
-        tokens, width = q_BHND.shape[2], self._width(call.grid)
+        tokens, width = q_BHND.shape[2], row_width(call.grid, self.segment)
         scale = q_BHND.shape[3] ** -0.5
         blanked = blank_padding(call.mask.keys, q_BHND, k_BHMD, v_BHMD)
         q, k, v = (cut(x, width) for x in blanked)
@@ -143,13 +145,10 @@ class CombinerMixture(Attend):
             slots.append(Slots(part.keys, part.values, down(part.live), across=True))
         return joint_attention(q, slots, scale).flatten(2, 3)[:, :, :tokens]
 
-    def _width(self, grid: Grid) -> int:
-        return grid.shape[1] if grid.rank == 2 else min(self.segment, grid.tokens)
-
     def oracle(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, call: Call) -> Tensor:
         """The factorisation as an N x N matrix, times the values."""
         no_queries_missing(q_BHND.shape[2], k_BHMD.shape[2])
-        tokens, width = q_BHND.shape[2], self._width(call.grid)
+        tokens, width = q_BHND.shape[2], row_width(call.grid, self.segment)
         places = [divmod(n, width) for n in range(tokens)]
 
         def sees(n: int) -> tuple[list[int], list[list[int]]]:
@@ -172,7 +171,7 @@ class CombinerMixture(Attend):
 
     def count(self, sizes: Sizes) -> Cost:
         """Slots of all queries and members of all regions that are asked; masked ones are multiplied too."""
-        tokens, width, size = sizes.queries, self._width(sizes.grid), self.site.head_dim
+        tokens, width, size = sizes.queries, row_width(sizes.grid, self.segment), self.site.head_dim
         causal, copies, rows = self.site.causal, sizes.batch * self.site.heads, -(-tokens // width)
         s, u = torch.arange(rows).unsqueeze(1), torch.arange(width)
         there = s * width + u < tokens
@@ -199,10 +198,10 @@ class CombinerMixture(Attend):
     def initial_state(self, batch: int, like: Tensor) -> MixtureState:
         """No row finished, nothing in the open one."""
         heads, size = self.site.heads, self.site.head_dim
-        nothing = KVCache.empty(batch, heads, size, size, like)
-        zeros = like.new_zeros(batch, heads, self.segment, size)
+        none, nothing = (KVCache.empty(batch, heads, size, size, x) for x in (wide(like), like))
+        zeros = wide(like).new_zeros(batch, heads, self.segment, size)
         above = Regions(zeros, zeros, like.new_zeros(batch, 1, self.segment, dtype=torch.bool))
-        return MixtureState(nothing, nothing, nothing, above, zeros, Rows(zeros[:, :, :0]), nothing)
+        return MixtureState(nothing, none, none, above, zeros, Rows(like.new_empty(batch, heads, 0, size)), nothing)
 
     def advance(
         self, q: Tensor, k: Tensor, v: Tensor, state: MixtureState, keep: Tensor | None, tokens: Tensor | None
@@ -210,14 +209,11 @@ class CombinerMixture(Attend):
         """Row by row."""
         q, k, v = blank_padding(keep, q, k, v)
         real = real_tokens(keep, q)
-        parts, start = [], 0
-        while start < q.shape[2]:
-            stop = min(start + self.segment - state.q.rows.shape[2], q.shape[2])
-            new = slice(start, stop)
-            part, state = self._fill(q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], state)
-            parts.append(part)
-            start = stop
-        return torch.cat(parts, 2), state
+
+        def fill(new: slice, state: MixtureState) -> tuple[Tensor, MixtureState]:
+            return self._fill(q[:, :, new], k[:, :, new], v[:, :, new], real[:, new], state)
+
+        return by_segments(q.shape[2], self.segment, state, fill)
 
     def _fill(
         self, q: Tensor, k: Tensor, v: Tensor, real_BU: Tensor, state: MixtureState
