@@ -46,7 +46,8 @@ class Axis:
         causal: whether a position sees no later one.
 
     Raises:
-        BadInput: a window that does not fit into the axis or a stride that does not fit into the window.
+        BadInput: a window that does not fit into an axis that is not causal, a stride that does not fit into the
+            window.
     """
 
     length: int
@@ -65,11 +66,12 @@ class Axis:
                 f"stride {self.stride} is more than window {self.window}: some keys would be in no window; "
                 f"take a stride of at most {self.window}"
             )
-        if self.window * self.dilation > self.length:
+        if not self.causal and self.window * self.dilation > self.length:
+            largest = {"window": self.length // self.dilation, "dilation": self.length // self.window}
+            cures = [f"a {name} of at most {most}" for name, most in largest.items() if most]
             raise BadInput(
                 f"window {self.window} with dilation {self.dilation} spans {self.window * self.dilation} "
-                f"positions, the axis has {self.length}; take a window of at most "
-                f"{self.length // self.dilation} or a dilation of at most {self.length // self.window}"
+                f"positions, the axis has {self.length}; take {' or '.join(cures) or 'less of both'}"
             )
 
     @property

@@ -23,12 +23,13 @@ from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.kernels.cpu import tiles
 from attlas.ops.dispatch import Backend, Op
-from attlas.ops.softmax import softmax_attention
+from attlas.ops.precision import as_written, wide
+from attlas.ops.softmax import blank_padding, softmax_attention
 
 Axes = Sequence[Axis | Block]
 
 
-def _check(q: Tensor, k: Tensor, axes: Axes, prefix: int, context: int) -> None:
+def _check(q: Tensor, k: Tensor, axes: Axes, prefix: int, context: int, bias: Tensor | None) -> None:
     queries, keys = q.shape[2], k.shape[2] - context
     tokens = prefix + prod([axis.length for axis in axes])
     if keys != tokens:
@@ -41,6 +42,9 @@ def _check(q: Tensor, k: Tensor, axes: Axes, prefix: int, context: int) -> None:
             f"{queries} queries for {keys} keys: fewer queries are the last positions of a plain sequence, "
             "one axis without prefix tokens"
         )
+    table = (q.shape[1], *(2 * axis.reach + 1 for axis in axes))
+    if bias is not None and bias.shape != table:
+        raise BadInput(f"the bias has one number per head and offset, {table}, got {tuple(bias.shape)}")
 
 
 def _oracle(
@@ -65,15 +69,16 @@ def _oracle(
         prefix: tokens without a position. They see every token and every token sees them, in one softmax;
             where all axes are causal they see the prefix up to themselves.
         context: keys that belong to no query; every query sees them, in the same softmax.
-        keep: (B, M) bool, False where a key is padding.
-        bias: (H, 2 reach + 1, ...) added to the scores by the offset key - query in places, on every axis;
-            entry `reach` is offset 0. Prefix and context have none.
+        keep: (B, M) bool, False where a key is padding. What stands there has no part in anything, NaN neither;
+            of other keys that a query does not see that is so only for finite numbers.
+        bias: (H, 2 reach + 1, ...), of any dtype, added to the scores by the offset key - query in places, on every
+            axis; entry `reach` is offset 0. Prefix and context have none.
         scale: of the scores, D ** -0.5 by default.
 
     Returns:
         (B, H, N, E).
     """
-    _check(q_BHND, k_BGMD, axes, prefix, context)
+    _check(q_BHND, k_BGMD, axes, prefix, context, bias)
     tokens = k_BGMD.shape[2] - context
     token = torch.arange(tokens, device=q_BHND.device)
     place = torch.unravel_index((token - prefix).clamp(min=0), tuple(axis.length for axis in axes))
@@ -90,7 +95,8 @@ def _oracle(
     seen = torch.cat([seen.new_ones(len(seen), context), seen], 1)
     mask = Mask.pairs_(seen).with_(keys=keep)
     if bias is not None:
-        spread = torch.stack([table[tuple(entry)] for table in bias]).masked_fill(either, 0)
+        tables = bias.to(q_BHND.dtype)
+        spread = torch.stack([table[tuple(entry)] for table in tables]).masked_fill(either, 0)
         spread = spread[:, tokens - q_BHND.shape[2] :]
         mask = mask & Mask.biased(torch.cat([spread.new_zeros(*spread.shape[:2], context), spread], 2))
     return softmax_attention(q_BHND, k_BGMD, v_BGME, mask, scale=scale, backend="oracle")
@@ -108,22 +114,25 @@ def _torch(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    _check(q_BHND, k_BGMD, axes, prefix, context)
+    _check(q_BHND, k_BGMD, axes, prefix, context, bias)
     groups, queries, causal = k_BGMD.shape[1], q_BHND.shape[2] - prefix, _all_causal(axes)
     scale = q_BHND.shape[3] ** -0.5 if scale is None else scale
+    k_BGMD, v_BGME = blank_padding(keep, k_BGMD, v_BGME)
     windows = _windows(axes, queries, q_BHND.device)
     shape, common = windows.key.shape, context + prefix
+    wide_k_BGMD = wide(k_BGMD)  # float16 cannot hold every score
     k_BGNWD, v_BGNWE = (
-        x[:, :, common:].index_select(2, windows.key.flatten()).unflatten(2, shape) for x in (k_BGMD, v_BGME)
+        x[:, :, common:].index_select(2, windows.key.flatten()).unflatten(2, shape) for x in (wide_k_BGMD, v_BGME)
     )
-    q_BGNRD = q_BHND[:, :, prefix:].unflatten(1, (groups, -1)).transpose(2, 3) * scale
-    scores_BGNRX = q_BGNRD @ k_BGNWD.mT
-    if bias is not None:
-        bias_HNW = bias.flatten(1).index_select(1, windows.entry.flatten()).unflatten(1, shape)
-        scores_BGNRX = scores_BGNRX + bias_HNW.unflatten(0, (groups, -1)).transpose(1, 2)
-    if common:
-        to_common = q_BGNRD.flatten(2, 3) @ k_BGMD[:, :, :common].mT
-        scores_BGNRX = torch.cat([to_common.unflatten(2, (queries, -1)), scores_BGNRX], -1)
+    q_BGNRD = wide(q_BHND[:, :, prefix:]).unflatten(1, (groups, -1)).transpose(2, 3) * scale
+    with as_written(q_BHND):
+        scores_BGNRX = q_BGNRD @ k_BGNWD.mT
+        if bias is not None:
+            bias_HNW = bias.flatten(1).index_select(1, windows.entry.flatten()).unflatten(1, shape)
+            scores_BGNRX = scores_BGNRX + bias_HNW.unflatten(0, (groups, -1)).transpose(1, 2)
+        if common:
+            to_common = q_BGNRD.flatten(2, 3) @ wide_k_BGMD[:, :, :common].mT
+            scores_BGNRX = torch.cat([to_common.unflatten(2, (queries, -1)), scores_BGNRX], -1)
     if keep is None and all(axis.full for axis in axes):
         weights_BGNRX = scores_BGNRX.softmax(-1)
     else:
@@ -131,6 +140,7 @@ def _torch(
         lowest = torch.finfo(scores_BGNRX.dtype).min
         # Zeroed after the softmax, so that a query that sees nothing gives 0.
         weights_BGNRX = scores_BGNRX.masked_fill(~seen, lowest).softmax(-1) * seen
+    weights_BGNRX = weights_BGNRX.to(v_BGME.dtype)
     o_BGNRE = weights_BGNRX[..., common:] @ v_BGNWE
     if not common:
         return o_BGNRE.transpose(2, 3).flatten(1, 2)
@@ -188,7 +198,7 @@ def _cpu(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    _check(q_BHND, k_BGMD, axes, prefix, context)
+    _check(q_BHND, k_BGMD, axes, prefix, context, bias)
     scale = q_BHND.shape[3] ** -0.5 if scale is None else scale
     return tiles.neighborhood_attention(
         q_BHND, k_BGMD, v_BGME, axes, keep, bias, prefix=prefix, context=context, scale=scale

@@ -87,6 +87,17 @@ def test_odd_layers_are_shifted_by_half_a_window():
     assert shifts == [(0, 0), (3, 3), (0, 0), (3, 3)]
 
 
+def test_an_axis_of_one_window_takes_its_shift_on_a_larger_grid_from_that_window():
+    layer = build(grid=(3, 9), layer=1)
+    assert layer.shift == (1, 3)
+    assert [(axis.window, axis.shift) for axis in layer._axes(Grid((3, 9)))] == [(3, 0), (7, 3)]
+    assert [(axis.window, axis.shift) for axis in layer._axes(Grid((8, 8)))] == [(3, 1), (7, 3)]
+    inputs = tensors((8, 8))
+    expected = build(grid=(8, 8), window=(3, 7), shift=(1, 3))
+    expected.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(*inputs, grid=(8, 8)), expected(*inputs, grid=(8, 8)))
+
+
 def test_two_layers_connect_what_no_window_holds_together():
     grid = (8, 8)
     straight, shifted = (seen(build(grid=grid, window=4, layer=n), grid) for n in (0, 1))

@@ -97,6 +97,11 @@ def test_what_remains_makes_a_smaller_window_with_a_whole_context():
     assert torch.equal(reached(layer, grid, 0, 0), rectangle(grid, (0, 7), (0, 6)))
 
 
+@pytest.mark.parametrize(("length", "size", "count"), [(16, 2, 8), (15, 1, 15), (17, 2, 9), (31, 3, 11)])
+def test_lengths_that_do_not_divide_make_more_windows(length, size, count):
+    assert build()._windows(Grid((length, 8))) == ((size, 1), (count, 8))
+
+
 def test_without_a_wider_context_it_is_window_attention():
     layer, grid = build(ratio=1, windows=2, heads=4), Grid((6, 8))
     with torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attlas.core.axis import Axis, Block
+from attlas.core.errors import BadInput
 from attlas.ops import block_sparse
 from attlas.ops.block_sparse import block_sparse_attention
 from attlas.ops.neighborhood import neighborhood_attention
@@ -58,8 +59,11 @@ def test_a_shift_is_a_roll_and_its_mask(shift):
     assert torch.allclose(got, rolled(*arrays, 3, shift), atol=1e-12)
 
 
+SHORT = [Axis(3, 5, causal=True), Axis(7, 3, 3, causal=True), Axis(4, 6, 5, 2, causal=True)]
+
+
 @pytest.mark.parametrize(
-    "axis", [Block(13, 4), Block(13, 4, 3), Block(13, 4, 1, 2), Block(4, 4), Block(5, 1), Axis(13, 4, 3)]
+    "axis", [Block(13, 4), Block(13, 4, 3), Block(13, 4, 1, 2), Block(4, 4), Block(5, 1), Axis(13, 4, 3), *SHORT]
 )
 def test_the_ways_to_ask_an_axis_agree(axis):
     places = torch.arange(axis.length)
@@ -76,6 +80,83 @@ def test_the_ways_to_ask_an_axis_agree(axis):
     assert sorted(place for line in axis.lines() for place in line) == places.tolist()
     offset = windows.key - places[:, None]
     assert torch.equal(windows.entry[windows.seen], (offset // axis.dilation + axis.reach)[windows.seen])
+
+
+@pytest.mark.parametrize("axis", SHORT)
+@pytest.mark.parametrize("backend", ["oracle", "torch", "cpu"])
+def test_a_causal_axis_may_be_shorter_than_its_window(axis, backend):
+    torch.manual_seed(0)
+    plane = (axis, Axis(5, 3))
+    q, k, v = (torch.randn(2, 2, 5 * axis.length, 8) for _ in "qkv")
+    got = neighborhood_attention(q, k, v, plane, bias=torch.zeros(2, 2 * axis.reach + 1, 5), backend=backend)
+    row, column = torch.arange(axis.length), torch.arange(5)
+    together = (row[:, None] >= row) & ((row[:, None] - row) % axis.dilation == 0)
+    near = torch.kron(together, plane[1].sees(column[:, None], column))
+    expected = (q @ k.mT * 8**-0.5).masked_fill(~near, -torch.inf).softmax(-1) @ v
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axis", "cures"),
+    [
+        ((16, 17), "a window of at most 16"),
+        ((16, 3, 20), "a dilation of at most 5"),
+        ((16, 4, 5), "a window of at most 3 or a dilation of at most 4"),
+        ((16, 17, 17), "less of both"),
+    ],
+)
+def test_an_axis_that_is_too_short_says_what_would_fit(axis, cures):
+    with pytest.raises(BadInput, match=f"the axis has 16; take {cures}$"):
+        Axis(*axis)
+
+
+@pytest.mark.parametrize("backend", ["oracle", "torch", "cpu"])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (1, 9), (2, 9, 1), (18,)])
+def test_a_bias_of_another_shape_is_refused(shape, backend):
+    q = torch.randn(1, 2, 20, 8)
+    with pytest.raises(BadInput, match=r"one number per head and offset, \(2, 9\), got"):
+        neighborhood_attention(q, q, q, (Axis(20, 5),), bias=torch.zeros(shape), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["oracle", "torch", "cpu"])
+def test_what_stands_in_padding_has_no_part(backend):
+    torch.manual_seed(0)
+    q, *kv = (torch.randn(1, 2, 23, 8) for _ in "qkv")
+    keep = torch.ones(1, 23, dtype=torch.bool)
+    keep[0, [0, 2, 8, 9, 10, 11, 12]] = False  # of context and prefix, a place, a whole block
+    options = {"prefix": 2, "context": 1, "keep": keep, "backend": backend}
+
+    def run(filler):
+        inputs = [x.clone().requires_grad_() for x in (q[:, :, 1:], *(x.where(keep[..., None], filler) for x in kv))]
+        o = neighborhood_attention(*inputs, (Block(20, 5, 2),), **options)
+        return o, *torch.autograd.grad(o.square().sum(), inputs)
+
+    for got, expected in zip(run(torch.nan), run(0.0), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["oracle", "torch", "cpu"])
+def test_a_bias_may_be_of_another_dtype(backend):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 8).bfloat16() for _ in "qkv")
+    bias = torch.randn(2, 9).requires_grad_()
+    got = neighborhood_attention(q, k, v, (Axis(20, 5),), bias=bias, backend=backend)
+    got.float().sum().backward()
+    exact = neighborhood_attention(*(x.double() for x in (q, k, v)), (Axis(20, 5),), bias=bias, backend="oracle")
+    assert got.dtype == torch.bfloat16
+    assert bias.grad.dtype == torch.float32
+    assert (got - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_scores_may_be_larger_than_float16_holds(prefix):
+    torch.manual_seed(0)
+    q, k = (200 * torch.randn(1, 2, 20 + prefix, 64).half() for _ in "qk")
+    v = torch.randn(1, 2, 20 + prefix, 8).half()
+    got = neighborhood_attention(q, k, v, (Axis(20, 5),), prefix=prefix, backend="torch")
+    exact = [x.double() for x in (q, k, v)]
+    expected = neighborhood_attention(*exact, (Axis(20, 5),), prefix=prefix, backend="oracle")
+    assert (got - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_blocks_see_themselves_and_their_halo():

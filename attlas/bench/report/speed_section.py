@@ -21,15 +21,20 @@ STATE = Axis("state", numbers.short_memory, log=True, base=2)
 
 
 class Across(NamedTuple):
-    """What a chart's horizontal axis holds, of a number of tokens and what was measured there."""
+    """What a chart's horizontal axis holds, of a number of tokens and what was measured there.
+
+    `tip` is a place as the last line of a mark's text, and `ticked` whether ticks stand where marks do.
+    """
 
     what: str
     of: Callable[[int, SpeedResult], int]
     text: Callable[[float], str]
+    tip: str
+    ticked: bool
 
 
-TOKENS = Across("tokens", lambda tokens, _: tokens, numbers.tokens)
-PAIRS = Across("visible pairs", lambda _, result: result.pairs, numbers.count)
+TOKENS = Across("tokens", lambda tokens, _: tokens, numbers.tokens, tip="", ticked=True)  # each mark says its tokens
+PAIRS = Across("visible pairs", lambda _, result: result.pairs, numbers.count, "\n{:,} visible pairs", ticked=False)
 
 
 def speed_section(sweep: SpeedTable, looks: Looks) -> str:
@@ -62,7 +67,7 @@ def _folded(parts: Iterable[tuple[str, str]], first_open: bool = True) -> str:
 
 
 def _charts(sweep: SpeedTable, looks: Looks) -> Iterable[str]:
-    """For each measure its time, its memory (decoding: the state), and how much of the machine it uses."""
+    """For each measure its time, memory (decoding: the state), use of the machine, and time against visible pairs."""
     for measure in sweep.measures:
         rings = [ring for each in sweep.efficiencies(measure) for ring in _rings(sweep, each, looks)]
         note = "Medians, bars are quartiles."
@@ -120,23 +125,21 @@ def _chart(
         for tokens, result in sweep.results(name, measure).items():
             height, times = value(result), result.times
             place = across.of(tokens, result)
-            tip = f"{name}\n{tokens:,} tokens\n{text(height)}"
-            if across is not TOKENS:
-                tip += f"\n{place:,} {across.what}"
-            point = Point(place, height, tip=tip)
+            tip, last = f"{name}\n{tokens:,} tokens\n{text(height)}", across.tip.format(place)
+            point = Point(place, height, tip=tip + last)
             if value is _time:
                 tip += f" ({text(times.lower)} to {text(times.upper)})"
-                point = Point(place, height, times.lower, times.upper, tip)
+                point = Point(place, height, times.lower, times.upper, tip + last)
             if height > 0 and place > 0:
                 points.append(point)
         if points:
             series.append(Series(name, looks[name], points))
     if not series:
         return ""
-    lengths = sorted({point.x for each in series for point in each.points}) if across is TOKENS else []
+    ticks = sorted({point.x for each in series for point in each.points}) if across.ticked else []
     picture = chart(
         series,
-        Axis(across.what, across.text, log=True, ticks=lengths),
+        Axis(across.what, across.text, log=True, ticks=ticks),
         axis,
         title=title,
         description=f"{sweep.setting}; {len(series)} mechanisms, the numbers are in the tables below",

@@ -28,7 +28,6 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import neighborhood_attention
-from attlas.ops.softmax import blank_padding
 from attlas.ops.windows import block_cost, per_axis
 
 SPEC = Spec(
@@ -84,7 +83,6 @@ class DavitWindow(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        k_BGMD, v_BGME = blank_padding(call.mask.keys, k_BGMD, v_BGME)
         return neighborhood_attention(
             q_BHND,
             k_BGMD,

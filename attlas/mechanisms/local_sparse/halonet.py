@@ -127,7 +127,6 @@ class HaloNet(Attend):
         """Widen queries and keys by what their places say, run the op."""
         grid = call.grid
         axes = self._axes(grid)
-        k_BGMD, v_BGME = blank_padding(call.mask.keys, k_BGMD, v_BGME)
         q_BHPD = grid.split(q_BHND)[1]
         queries, keys = [q_BHND * self.scale], [k_BGMD]
         settings = zip(grid.places(q_BHND.device).unbind(1), self.block, self._widths(), self.relative, strict=True)

@@ -40,7 +40,6 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import Axis, neighborhood_attention
-from attlas.ops.softmax import blank_padding
 from attlas.ops.windows import per_axis
 
 NONCAUSAL = frozenset({Pattern.NONCAUSAL_SELF})
@@ -97,7 +96,8 @@ class Neighborhood(Attend):
     Args:
         site: where it is installed.
         backend: of `neighborhood_attention`.
-        window: places on every axis, or one number per axis; `window * dilation` positions must exist.
+        window: places on every axis, or one number per axis; `window * dilation` positions must exist
+            on an axis that is not causal.
         dilation: distance between neighbouring places, or one per axis.
         stride: queries that share a window, at most the window, or one per axis.
         causal_axes: which axes are causal, in a layer that is not causal as a whole.
@@ -172,7 +172,6 @@ class Neighborhood(Attend):
     oracle = compute  # the op's own oracle backend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
-        k, v = blank_padding(keep, k, v)
         return neighborhood_attention(
             q,
             k,

@@ -9,8 +9,10 @@ at both ends are smaller, no pair is computed in vain, and sizes need not divide
 lets zero padding take part, here there is none. Two layers, one shifted, connect what no window holds together.
 
 b (H, 2 window - 1, ...) is learned, one number per head and offset; entry `window - 1` is offset 0 and offsets
-are key - query (published tables are query - key: flip every axis). On an axis that the grid of the site fits into
-one window, the window is that axis, as published; such an axis is never shifted. Three axes are Video Swin.
+are key - query (published tables are query - key: flip every axis). An axis of the site's grid that is no longer
+than a window is one window and is not shifted; others keep their window and shift. So does the code of Video Swin,
+which is three axes; that of Swin, where the shorter axis fits into a window, makes both windows so long and shifts
+neither.
 
 Prefix tokens see every token and every token sees them, in the same softmax and without bias; the paper has none.
 
@@ -32,7 +34,6 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import neighborhood_attention
-from attlas.ops.softmax import blank_padding
 from attlas.ops.windows import block_cost, per_axis
 
 SHELL_PARAMETERS = 4 * (16 * 16 + 16)
@@ -75,8 +76,8 @@ class Swin(Attend):
             (two where it has none).
         backend: of `neighborhood_attention`.
         window: places on every axis, or one number per axis.
-        shift: where the first border lies, less than the window, or one number per axis. By default `window // 2` in
-            layers 1, 3, 5 ... and 0 in the others.
+        shift: where the first border lies, less than the window, or one number per axis. By default half the
+            window, rounded down, in layers 1, 3, 5 ... and 0 in the others.
         scale: of the scores; D ** -0.5 by default.
     """
 
@@ -94,17 +95,17 @@ class Swin(Attend):
         windows = per_axis("window", window, rank)
         if min(windows) < 1:
             raise BadInput(f"a window holds a place at least, got window {window}")
-        shifts = (
-            tuple(each // 2 * (site.layer % 2) for each in windows) if shift is None else per_axis("shift", shift, rank)
-        )
-        for each, largest in zip(shifts, windows, strict=True):
+        lengths = windows if site.grid is None else site.grid.shape
+        self.window = tuple(min(pair) for pair in zip(windows, lengths, strict=True))
+        if shift is None:
+            self.shift = tuple(each // 2 * (site.layer % 2) for each in self.window)
+        else:
+            self.shift = per_axis("shift", shift, rank)
+        for each, largest in zip(self.shift, windows, strict=True):
             if not 0 <= each < largest:
                 raise BadInput(
                     f"shift {each} is not in 0 to window - 1; with window {largest} take it modulo {largest}"
                 )
-        lengths = windows if site.grid is None else site.grid.shape
-        self.window = tuple(min(pair) for pair in zip(windows, lengths, strict=True))
-        self.shift = tuple(shifts)
         self.scale = scale
         self.relative_bias = nn.Parameter(torch.empty(site.heads, *(2 * each - 1 for each in self.window)))
         nn.init.trunc_normal_(self.relative_bias, std=0.02)
@@ -123,7 +124,6 @@ class Swin(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Run the op."""
-        k_BGMD, v_BGME = blank_padding(call.mask.keys, k_BGMD, v_BGME)
         return neighborhood_attention(
             q_BHND,
             k_BGMD,

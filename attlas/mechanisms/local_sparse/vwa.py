@@ -15,9 +15,10 @@ R P_h x R P_w places, which by itself would cost R² times as much. It is made s
 R = 1 is plain window attention, of ReLU(BN(W x)). A short cut around belongs to the block; with a norm that starts
 at 0, y does too. The official decoder runs R = 2, 4 and 8 beside one another on 8 x 8 windows.
 
-Sizes need not divide: P is the length over `windows`, rounded down, and what remains makes a smaller last window with
-a context as large as any; official code takes no such maps. Padding is 0 to the convolution and in its result,
-enters no statistics, and a token of padding alone is not seen; it stays in its place on the grid.
+Sizes need not divide: P is the length over `windows`, rounded down, and what remains makes further windows, the last
+as small as need be, with contexts as large as any; 8 windows on 15 places make 15 of one place. Official code takes
+no such maps. Padding is 0 to the convolution and in its result, enters no statistics, and a token of padding alone is
+not seen; it stays in its place on the grid.
 
 x (B, N, C). Time O(N P² C + N C²), memory O(N P² H).
 
@@ -74,7 +75,7 @@ class VWA(Mixer):
         site: where it is installed.
         backend: of `softmax_attention` within the windows.
         ratio: R, how many times wider and higher than a window its context is.
-        windows: on every axis of the map, at least R.
+        windows: on every axis of the map that they divide, more on others; at least R.
     """
 
     def __init__(self, site: Site, backend: str = "auto", *, ratio: int = 2, windows: int = 8) -> None:
