@@ -68,6 +68,7 @@ def run(
     """Ask every layer about `query` and about `queries` others, and print how they compare."""
     from sklearn.datasets import load_sample_image
 
+    torch.manual_seed(0)
     image = torch.from_numpy(load_sample_image(photo).copy())
     place = attlas.Grid(grid)
     x = tokens_of_image(image, grid, dim)

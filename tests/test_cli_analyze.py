@@ -110,7 +110,7 @@ def test_capacity_is_shown_against_theory(run, tmp_path):
         (("rank", "softmax:gpa"), BadInput, "softmax has no variant 'gpa'"),
         (("rank", ""), BadInput, "names at least one"),
         (("capacity", "sofmax"), UnknownName, "did you mean 'softmax'"),
-        (("entropy", "softmax", "--norms", "1", *SMALL, "--out", "a.pdf"), BadInput, r"\.svg or \.png"),
+        (("entropy", "sofmax", "--out", "a.pdf"), BadInput, r"--out is written as \.svg or \.png, got 'a.pdf'"),
     ],
 )
 def test_mistakes_are_named(run, arguments, error, message):
@@ -132,14 +132,25 @@ def test_tiles_name_the_smallest_stride_and_draw_the_bounds(run, tmp_path):
     assert "no stride up to the window" in one
 
 
+def test_on_fewer_axes_tiles_default_to_the_last_sizes(run):
+    assert run("tiles", "256x256") == run(
+        "tiles", "256x256", "--window", "24x24", "--query-tile", "8x8", "--key-tile", "8x8"
+    )
+    assert run("tiles", 32768) == run("tiles", 32768, "--window", 24, "--query-tile", 8, "--key-tile", 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("256x256",), "window .* is for 3 axes, the grid has 2"),
+        (("256x256", "--window", "18x24x24"), "window .* is for 3 axes, the grid has 2"),
         (("--causal", "4"), "causal axes are numbers from 0 to 2"),
+        (("--causal", "01"), "causal axes are numbers from 0 to 2, .* got '01'"),
+        (("--causal", "²"), "causal axes are numbers from 0 to 2"),
+        (("--window", "0"), "--window is written as 18x24x24, or as one size of at least 1, got '0'"),
         (("--stride", "40"), "stride 40 is more than window 18"),
         (("--stride", "2x2"), "stride .* is for 2 axes"),
-        (("--query-tile", "big"), "a size is written as"),
+        (("--query-tile", "big"), "--query-tile is written as"),
+        (("--causal", "4", "--out", "tiles.foo"), r"--out is written as \.svg or \.png, got 'tiles.foo'"),
     ],
 )
 def test_tiles_that_have_no_meaning_are_refused(run, arguments, words):

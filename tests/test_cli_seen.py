@@ -1,5 +1,6 @@
 """`attlas show NAME --mask`, as a user types it."""
 
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -30,10 +31,10 @@ def show(monkeypatch):
 def test_every_mechanism_can_be_drawn(show, name, tmp_path):
     text = show(name, "--svg", tmp_path / "seen.svg")
     assert f"{name} with" in text
+    picture = (tmp_path / "seen.svg").read_text()
     if name != "deconstruct_mlp":  # which reads no other token
         assert any(sign in text for sign in "█▄▀▒")
-    picture = (tmp_path / "seen.svg").read_text()
-    assert 'fill="#4457c2"' in picture  # of the legend at least
+        assert re.search(r'<path d="M[^"]+" fill="#4457c2"', picture)
     assert ElementTree.fromstring(picture).attrib["aria-label"] == f"visible pairs of {name}"
 
 
@@ -79,7 +80,11 @@ def test_a_bar_appears_where_it_takes_long(show, monkeypatch):
         (("--query", "there"), "a query is written as 5, or as 3,4"),
         (("--size", "big"), "a size is written as"),
         (("--set", "window=30", "--size", "8x8"), "window 30 .* the axis has 8"),
-        (("--svg", "seen.png"), "is an .svg"),
+        (("--svg", "seen.png", "--size", "big"), "is an .svg"),
+        (("--dim", "64"), "--dim is not read with --mask"),
+        (("--heads", "0"), "heads are at least 1, got 0"),
+        (("--heads", "-2"), "heads are at least 1, got -2"),
+        (("--set", "window=30"), "window 30 .* the axis has 8"),
         (("--image", "nowhere.png"), "nowhere.png could not be read"),
         (("--image", __file__), "could not be read"),
         (("--set", "windo=3"), "has no setting 'windo'.*window"),
@@ -93,14 +98,14 @@ def test_mistakes_are_named(show, arguments, words):
 
 def test_costs_are_those_of_the_settings_given_and_of_the_small_example_where_nothing_fits(monkeypatch):
     monkeypatch.setattr(cli, "console", cli.Console(width=200, soft_wrap=True))
-    arguments = ["show", "neighborhood", "--size", "6", "--dim", "8", "--heads", "2"]
+    arguments = ["show", "biformer", "--size", "6x6", "--dim", "8", "--heads", "2"]
     text = CliRunner().invoke(cli.app, arguments).output
-    assert "window 7 with dilation 1 spans 7 positions" in text
-    assert "in small, with dim 16, 2 heads, window=3, dilation=2\n" in text
-    assert text.count("GFLOP") == 2
-    text = CliRunner().invoke(cli.app, [*arguments, "--set", "window=3"]).output
+    assert "a grid 6x6 cannot be cut into (7, 7) regions" in text
+    assert "in small, with dim 16, 2 heads, regions=2, top=2\n" in text
+    assert text.count("GFLOP") == 1
+    text = CliRunner().invoke(cli.app, [*arguments, "--set", "regions=3", "--set", "kernel=0"]).output
     assert "in small" not in text
-    assert "36 visible pairs" in text
+    assert f"{2 * 36 * 4 * 4:,} visible pairs" in text  # 2 heads, 4 regions of 4
 
 
 def test_what_belongs_to_the_mask_is_refused_without_it():

@@ -1,6 +1,11 @@
 """Which keys each query's output depends on, asked of any mechanism by gradients, and pictures of it.
 
-    query n sees key m   <=>   d o_n / d v_m != 0
+    query n sees key m   <=>   d o_n / d v_m != 0      in float64
+
+Weights that float64 rounds to 0, as those of a softmax some e^745 times below the largest, are not seen, and what
+arithmetic leaves where 0 is meant is: `rounding` sets a share of a row's largest gradient that is none, if you want
+one. Sums that are taken by Fourier transforms may need it; of the mechanisms here none does at sizes that fit a
+picture.
 
 For a mechanism of the form (q, k, v) -> o the values are asked: that a query moves its own output through q is no
 pair. Others have no values and are asked for d y_n / d x_m. What depends on content is shown for the content given.
@@ -14,7 +19,7 @@ B batch, H heads, N queries, M keys, R rows asked for, C channels, E value size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +33,6 @@ from attlas.core.grid import Grid
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Mixer
 from attlas.core.spec import Example, Pattern
-
-ROUNDING = 1e-14
-"""Gradients below this share of a row's largest are rounding (of a Fourier transform, say), not dependence."""
 
 ENTRIES = 2**22
 """Numbers that a (copies, H, N, M) tensor may hold; it bounds how many rows are measured together."""
@@ -50,7 +52,7 @@ def visible_pairs(
     keep: Tensor | None = None,
     queries: Sequence[int] | None = None,
     seed: int = 0,
-    rounding: float = ROUNDING,
+    rounding: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Which keys each query's output depends on, (B, H, N, M) bool; H is 1 where the mechanism is no attend.
@@ -67,11 +69,11 @@ def visible_pairs(
         keep: (B, M) bool, False where a key is padding.
         queries: rows that are wanted, in this order; all by default.
         seed: of the random tokens and of the direction in which an output is asked.
-        rounding: share of a row's largest gradient below which a gradient is none.
+        rounding: share of a row's largest gradient up to which a gradient is none, such as 1e-14.
         progress: called with the rows measured so far and all of them.
 
     Raises:
-        BadInput, Unsupported: what the layer itself refuses.
+        BadInput, Unsupported: no sequence of tokens, rows that it lacks, or what the layer itself refuses.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -83,6 +85,9 @@ def visible_pairs(
             x_BNC = torch.randn(1, place.tokens, layer.site.dim)
         home = next(layer.parameters(), x_BNC).device
         inputs = [each.to(home) for each in (x_BNC, context_BMC) if each is not None]
+        shapes = [tuple(each.shape) for each in inputs]
+        if any(len(shape) != 3 or not 0 < shape[0] == len(x_BNC) for shape in shapes):
+            raise BadInput(f"tokens are (B, N, C) of at least one sequence, got {' and '.join(map(str, shapes))}")
         batch, tokens, keys = len(x_BNC), x_BNC.shape[1], inputs[-1].shape[1]
         rows = list(range(tokens) if queries is None else queries)
         if any(not 0 <= row < tokens for row in rows):
@@ -185,7 +190,7 @@ def specimen(
     causal: bool = False,
     heads: int | None = None,
     seed: int = 0,
-    **settings: Any,
+    params: Mapping[str, Any] | None = None,
 ) -> Specimen:
     """A layer of the mechanism to look at: its declared tiny example, by default on a grid that shows well.
 
@@ -194,30 +199,38 @@ def specimen(
 
     Args:
         name: of the mechanism, with a variant behind a colon where it has any.
-        grid: the shape of the positions; by default that of `PICTURED` or, if it does not fit, of the example.
+        grid: the shape of the positions; by default that of `PICTURED` or, where it does not fit the example's
+            settings, that of the example.
         causal: build it causal.
         heads: the example's by default.
         seed: of weights and tokens.
-        **settings: of the mechanism; by default those of its example.
+        params: settings of the mechanism, {} for its own defaults; those of its example by default.
 
     Raises:
         UnknownName, BadInput, Unsupported: the mechanism cannot be built this way.
     """
+    if heads is not None and heads < 1:
+        raise BadInput(f"heads are at least 1, got {heads}")
     spec = resolve(name)[0].spec
     causal = causal or all(pattern.startswith("causal") for pattern in spec.patterns)
     cross = Pattern.of(causal, cross=False) not in spec.patterns and Pattern.of(causal, cross=True) in spec.patterns
     example = _example(spec.examples, Pattern.of(causal, cross), None if grid is None else len(grid))
-    prefix = int(spec.class_token)
+    settings = dict(example.params if params is None else params)
+
+    def make(shape: Sequence[int]) -> Specimen:
+        place = Grid(tuple(shape), prefix=int(spec.class_token))
+        return _specimen(name, example, place, causal, cross, heads, seed, settings)
+
     if grid is not None:
-        return _specimen(name, example, Grid(tuple(grid), prefix), causal, cross, heads, seed, settings)
+        return make(grid)
     try:
-        place = Grid(PICTURED[len(example.grid)], prefix)
-        made = _specimen(name, example, place, causal, cross, heads, seed, settings)
+        made = make(PICTURED[len(example.grid)])
         made.pairs(queries=[0])
         return made
     except AttlasError:
-        place = Grid(example.grid, prefix)
-        return _specimen(name, example, place, causal, cross, heads, seed, settings)
+        if params is not None:
+            raise
+        return make(example.grid)
 
 
 def _specimen(
@@ -228,9 +241,8 @@ def _specimen(
     cross: bool,
     heads: int | None,
     seed: int,
-    given: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Specimen:
-    settings = given or dict(example.params)
     dim, kv_heads = example.dim, example.kv_heads
     if heads is not None and heads != example.heads:
         dim, kv_heads = max(1, dim // example.heads) * heads, None
@@ -251,6 +263,23 @@ def _specimen(
         x = torch.randn(1, grid.tokens, dim)
         context = torch.randn(1, grid.tokens, dim) if cross else None
     return Specimen(layer.eval(), x, context, grid, settings)
+
+
+def share_of_draws(
+    name: str,
+    causal: bool,
+    grid: Sequence[int],
+    *,
+    params: Mapping[str, Any] | None = None,
+    draws: int = 3,
+) -> Tensor:
+    """In which share of random specimens any head of query n sees key m, (N, M) in [0, 1].
+
+    What depends on content, such as clusters, shows as a share between 0 and 1. Arguments and errors are those of
+    `specimen`.
+    """
+    made = (specimen(name, grid, causal=causal, seed=seed, params=params).pairs(seed=seed) for seed in range(draws))
+    return torch.stack([pairs[0].any(0) for pairs in made]).double().mean(0)
 
 
 def _example(examples: Sequence[Example], pattern: Pattern, rank: int | None) -> Example:
@@ -315,18 +344,22 @@ def shares(pairs: Tensor) -> Tensor:
 
 
 def _laid_out(pairs: Tensor, grid: Grid | Sequence[int] | None, query: Query | None) -> tuple[Tensor, Grid, int | None]:
-    """What is drawn: a matrix (N, M) or the row (M,) of one query, the grid of its keys, and the query."""
+    """What is drawn: a matrix (N, M) or the row (M,) of one query, the grid of its keys, and the query.
+
+    Queries and keys of two lengths are two sequences, of which the grid may be either's: all of them are drawn.
+    """
     share = shares(pairs)
-    place = grid if isinstance(grid, Grid) else Grid((share.shape[-1],) if grid is None else tuple(grid))
-    token = None if query is None else token_at(place, query)
-    if place.tokens != share.shape[-1]:
-        if share.ndim == 1:
-            raise BadInput(f"the {place} has {place.tokens} tokens, the row {share.shape[-1]} keys")
-        return share, Grid((share.shape[-1],)), token  # keys of another sequence lie on no grid
-    if share.ndim == 2 and place.rank > 1:
+    rows, keys = share.shape[0], share.shape[-1]
+    place = grid if isinstance(grid, Grid) else Grid((keys,) if grid is None else tuple(grid))
+    if place.tokens not in (rows, keys):
+        row = f"row {keys} keys" if share.ndim == 1 else f"pairs {rows} queries and {keys} keys"
+        raise BadInput(f"the {place} has {place.tokens} tokens, the {row}")
+    asked = place if place.tokens == rows else Grid((rows,))
+    token = None if query is None else token_at(asked, query)
+    if share.ndim == 2 and rows == keys and place.rank > 1:
         token = middle(place) if token is None else token
         share = share[token]
-    return share, place, token
+    return share, place if place.tokens == keys else Grid((keys,)), token
 
 
 SIGNS = ("· ", "▒▒", "██")
@@ -412,6 +445,12 @@ def svg(
     )
 
 
+def check_svg(path: Path) -> None:
+    """Refuse a path that does not end in .svg."""
+    if path.suffix.lower() != ".svg":
+        raise BadInput(f"the picture of pairs is an .svg, got {path.name!r}")
+
+
 def draw_svg(
     pairs: Tensor,
     path: Path,
@@ -425,8 +464,7 @@ def draw_svg(
     Raises:
         BadInput: the path does not end in .svg or cannot be written.
     """
-    if path.suffix.lower() != ".svg":
-        raise BadInput(f"the picture of pairs is an .svg, got {path.name!r}")
+    check_svg(path)
     text = svg(pairs, grid=grid, query=query, title=title)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def list_(
 def show(
     name: str,
     size: Annotated[str | None, typer.Option(help="Tokens or grid, as 4096 or 56x56; 1024 tokens by default.")] = None,
-    dim: Annotated[int, typer.Option(help="Channels.")] = 512,
+    dim: Annotated[int | None, typer.Option(help="Channels, 512 by default; not with --mask.")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads; 8 by default.")] = None,
     mask: Annotated[bool, typer.Option("--mask", help="Draw which keys each query sees, instead.")] = False,
     query: Annotated[str | None, typer.Option(help="With --mask: whose keys, as 5, or as 3,4 on a grid.")] = None,
@@ -88,6 +88,8 @@ def show(
 ) -> None:
     """One mechanism: its equation, source, settings, backends here, and what it costs; or what its queries see."""
     if mask:
+        if dim is not None:
+            raise BadInput("--dim is not read with --mask, which draws a small layer: leave it out")
         show_mask(
             console,
             name,
@@ -105,7 +107,7 @@ def show(
     given = [f"--{option}" for option, value in alone.items() if value is not None and value is not False]
     if given:
         raise BadInput(f"{', '.join(given)}: only with --mask")
-    size, heads = "1024" if size is None else size, 8 if heads is None else heads
+    size, dim, heads = size or "1024", 512 if dim is None else dim, 8 if heads is None else heads
     cls, _ = resolve(name)
     spec = cls.spec
     module = sys.modules[cls.__module__]

@@ -37,7 +37,20 @@ Seed = Annotated[int, typer.Option(help="Of tokens, weights and data.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A mechanism's setting, as rala.kernel=0. May be repeated.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Picture to draw, .svg or .png; needs matplotlib.")]
+
+
+def _picture(path: Path | None) -> Path | None:
+    """Refuses what is no picture before any work."""
+    from attlas.analysis.curves import FORMATS
+
+    if path is not None and path.suffix.lower() not in FORMATS:
+        raise BadInput(f"--out is written as {' or '.join(FORMATS)}, got {path.name!r}")
+    return path
+
+
+Out = Annotated[Path | None, typer.Option(help="Picture to draw, .svg or .png; needs matplotlib.", callback=_picture)]
+VIDEO = {"window": "18x24x24", "query-tile": "4x8x8", "key-tile": "2x8x8"}
+"""The window of HunyuanVideo's layers and the tiles of NATTEN's kernel; on fewer axes the last sizes."""
 
 
 @app.command()
@@ -174,19 +187,26 @@ def capacity(
 @app.command()
 def tiles(
     grid: Annotated[str, typer.Argument(help="Positions, as 32768, 256x256 or 30x48x80.")] = "30x48x80",
-    window: Annotated[str, typer.Option(help="Places of the window on each axis.")] = "18x24x24",
+    window: Annotated[
+        str | None, typer.Option(help="Places of the window on each axis; the last of 18x24x24 by default.")
+    ] = None,
     stride: Annotated[
         str | None, typer.Option(help="On each axis; by default all that double, as far as the window goes.")
     ] = None,
     dilation: Annotated[str, typer.Option(help="On each axis, or one for all.")] = "1",
     causal: Annotated[str, typer.Option(help="Causal axes, counted from 0 and separated by commas.")] = "",
-    query_tile: Annotated[str, typer.Option(help="Queries that a kernel takes at a time.")] = "4x8x8",
-    key_tile: Annotated[str, typer.Option(help="Keys that it takes at a time.")] = "2x8x8",
+    query_tile: Annotated[
+        str | None, typer.Option(help="Queries that a kernel takes at a time; the last of 4x8x8 by default.")
+    ] = None,
+    key_tile: Annotated[
+        str | None, typer.Option(help="Keys that it takes at a time; the last of 2x8x8 by default.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """How much of what neighborhood attention saves a tiled kernel can keep, against the stride.
 
-    The defaults are HunyuanVideo's latent video and the tiles of NATTEN's kernel for Blackwell.
+    The defaults are HunyuanVideo's latent video and the tiles of NATTEN's kernel for Blackwell; on fewer axes the last
+    sizes of each.
     """
     from attlas.analysis.curves import Panel
     from attlas.analysis.tiles import Tiling
@@ -195,18 +215,18 @@ def tiles(
     axes = _read_axes(causal, len(places))
     plain = Tiling.of(
         places,
-        _per_axis(window, len(places)),
-        dilation=_per_axis(dilation, len(places)),
+        _per_axis("window", window, len(places)),
+        dilation=_per_axis("dilation", dilation, len(places)),
         causal=axes,
-        query_tile=_per_axis(query_tile, len(places)),
-        key_tile=_per_axis(key_tile, len(places)),
+        query_tile=_per_axis("query-tile", query_tile, len(places)),
+        key_tile=_per_axis("key-tile", key_tile, len(places)),
     )
     largest = max(axis.window for axis in plain.axes)
     smallest = plain.smallest_stride()
     doubling = [2**power for power in range(largest.bit_length())]
     shown = {_written(plain.with_stride(each)): plain.with_stride(each) for each in dict.fromkeys([*doubling, largest])}
     if stride is not None:
-        given = plain.with_strides(_per_axis(stride, len(places)))
+        given = plain.with_strides(_per_axis("stride", stride, len(places)))
         shown = {_written(given): given}
     if smallest is not None:
         least = plain.with_strides(smallest)
@@ -228,19 +248,24 @@ def tiles(
     bounds = [plain.with_stride(each).bound() for each in strides]
     limit = "FLOPs alone" if smallest is None else f"FLOPs alone, and stride {_written(least)}"
     limits = {limit: (strides, [plain.with_stride(each).flop_bound() for each in strides])}
-    lines, title = {"tiles": (strides, bounds)}, f"{grid}, window {window}"
+    lines, title = {"tiles": (strides, bounds)}, f"{grid}, window {'x'.join(str(axis.window) for axis in plain.axes)}"
     _draw([Panel(title, "stride on every axis", "speed-up at most", lines, limits, log_y=False)], out)
 
 
-def _per_axis(text: str, rank: int) -> tuple[int, ...]:
-    """Sizes written as 18x24x24, or one for all axes."""
-    sizes = read_grid(text)
+def _per_axis(option: str, text: str | None, rank: int) -> tuple[int, ...]:
+    """Sizes written as 18x24x24, or one for all axes; without any the last of `VIDEO`."""
+    if text is None:
+        return read_grid(VIDEO[option])[-rank:]
+    try:
+        sizes = read_grid(text)
+    except BadInput:
+        raise BadInput(f"--{option} is written as 18x24x24, or as one size of at least 1, got {text!r}") from None
     return sizes * rank if len(sizes) == 1 else sizes
 
 
 def _read_axes(text: str, rank: int) -> tuple[bool, ...]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
-    if any(not part.isdigit() or int(part) >= rank for part in chosen):
+    if any(part not in map(str, range(rank)) for part in chosen):
         raise BadInput(f"causal axes are numbers from 0 to {rank - 1}, separated by commas, got {text!r}")
     return tuple(str(axis) in chosen for axis in range(rank))
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
-from attlas.analysis.visible import draw_svg, draw_text, specimen, token_at, tokens_of_image
+from attlas.analysis.visible import check_svg, draw_svg, draw_text, specimen, token_at, tokens_of_image
 from attlas.cli.settings import read_grid
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.grid import Grid
@@ -37,10 +37,12 @@ def show_mask(
     seed: int,
 ) -> None:
     """Draw the pairs of a small layer with random weights: a matrix on one axis, else what one query sees."""
+    if svg is not None:
+        check_svg(svg)
     shape = None if size is None else read_grid(size)
     if shape is None and image is not None:
         shape = (16, 16)
-    made = specimen(name, shape, causal=causal, heads=heads, seed=seed, **settings)
+    made = specimen(name, shape, causal=causal, heads=heads, seed=seed, params=settings or None)
     grid, keys = made.grid, made.x.shape[1] if made.context is None else made.context.shape[1]
     if image is not None:
         picture = tokens_of_image(_read(image), grid.shape, made.x.shape[2], prefix=grid.prefix, seed=seed)

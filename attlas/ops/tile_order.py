@@ -4,7 +4,7 @@ A tile is a box of the grid. The grid is cut from its first position on, so that
 last tiles of an axis reach over its end: a tile always has the same number of places, and the places off the grid
 hold nothing. Tiles and the places in them are in raster order.
 
-S... axes of the grid, N positions, T tiles, P places of a tile.
+S... axes of the grid, B sequences, N positions, T tiles, P places of a tile.
 """
 
 from __future__ import annotations
@@ -110,6 +110,20 @@ class TileOrder:
     def real(self, device: torch.device | str = "cpu") -> Tensor:
         """Which places are on the grid, (T, P) bool."""
         return self.cut(torch.ones(prod(self.shape), dtype=torch.bool, device=device), 0)
+
+    def held(self, keep_BN: Tensor | None, like_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which places hold a token that is kept.
+
+        Args:
+            keep_BN: False for padding; None where there is none.
+            like_B: anything of the B sequences, for their number and device.
+
+        Returns:
+            (B, T, P) bool, or (1, T, P) without padding; and the same as rows (B, T P), None where all places do.
+        """
+        held = self.real(like_B.device).unsqueeze(0) if keep_BN is None else self.cut(keep_BN, 1)
+        whole = keep_BN is None and self.even
+        return held, None if whole else held.flatten(1).expand(len(like_B), -1)
 
     def owner(self, device: torch.device | str = "cpu") -> Tensor:
         """The tile of each position in raster order, (N,)."""

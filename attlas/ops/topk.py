@@ -25,10 +25,12 @@ LONG = 1 << 14
 def descending(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (..., m) from the largest to the smallest, and where each entry stood; of equal ones the first comes first.
 
-    PyTorch sorts long rows of integers by their digits, some five times faster than rows of numbers, and the bits of a
-    number are an integer that grows with it, but for the sign.
+    On a CPU PyTorch sorts long rows of integers by their digits, some five times faster than rows of numbers, and the
+    bits of a number are an integer that grows with it, but for the sign. A graph that is traced sorts numbers: a loop
+    over rows would fix how many there are.
     """
-    if x.shape[-1] < LONG or x.dtype not in (torch.float32, torch.float64):
+    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel()
+    if plain or x.shape[-1] < LONG or x.dtype not in (torch.float32, torch.float64):
         values, index = x.sort(dim=-1, descending=True, stable=True)
         return values, index
     integer = torch.int32 if x.dtype == torch.float32 else torch.int64
@@ -37,6 +39,16 @@ def descending(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = [row.sort(stable=True).indices for row in falling.flatten(0, -2)]
     index = torch.stack(rows).view(x.shape)
     return x.gather(-1, index), index
+
+
+def largest(x: Tensor, k: int | Tensor) -> Tensor:
+    """Which entries of rows (..., m) are among the k largest of their row, bool; of equal ones the first are.
+
+    k is one number, or one for each row, (..., 1).
+    """
+    index = descending(x)[1]
+    best = (torch.arange(x.shape[-1], device=x.device) < k).expand_as(index)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, index, best)
 
 
 def statistical_threshold(x: Tensor, k: int, keep: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ def write(pages: Path, names: list[str]) -> None:
 
 def row(name: str, folder: Path) -> str:
     """Draw one mechanism; its row of the table."""
-    made = specimen(name, **TELLING.get(name, {}))
+    made = specimen(name, params=TELLING.get(name))
     matrix = made.grid.rank == 1 or made.context is not None
     query = None if matrix else made.query()
     seen = made.pairs(queries=None if matrix else [query])

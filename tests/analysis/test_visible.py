@@ -11,6 +11,7 @@ from attlas.analysis.visible import (
     draw_svg,
     draw_text,
     middle,
+    share_of_draws,
     specimen,
     svg,
     token_at,
@@ -98,11 +99,67 @@ def test_specimens_follow_the_pattern_the_grid_and_the_settings():
     made = specimen("softmax", (6,), heads=4, causal=True)
     assert made.pairs().shape == (1, 4, 6, 6)
     assert (specimen("crossvit").query(), made.query()) == (0, 3)
-    assert int(specimen("neighborhood", (9,), window=3).pairs()[0, 0].sum()) == 27
+    assert int(specimen("neighborhood", (9,), params={"window": 3}).pairs()[0, 0].sum()) == 27
     with pytest.raises(BadInput, match="window 9 with dilation 1 spans 9"):
-        specimen("neighborhood", (8,), window=9)
+        specimen("neighborhood", (8,), params={"window": 9})
     with pytest.raises(Unsupported, match="does not serve causal"):
         specimen("convit", causal=True)
+
+
+def test_settings_of_a_specimen_are_those_given_the_own_ones_or_those_of_the_example():
+    assert specimen("biformer", (14, 14), params={}).layer.attend.regions == 7
+    assert specimen("biformer").layer.attend.regions == 2
+    assert specimen("biformer", params={"regions": 4}).settings == {"regions": 4}
+    with pytest.raises(BadInput, match="top is 99 regions and the grid 8x8 has"):
+        specimen("biformer", params={"top": 99})  # not what the example's grid would say
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_draws_of_softmax_see_the_mask(causal):
+    ones = torch.ones(6, 6, dtype=torch.float64)
+    assert torch.equal(share_of_draws("softmax", causal, (6,)), ones.tril() if causal else ones)
+
+
+def test_all_draws_of_pooling_see_the_window_on_the_grid():
+    place = Grid((4, 5)).places()
+    near = (place.unsqueeze(0) - place.unsqueeze(1)).abs().amax(-1) <= 1
+    assert torch.equal(share_of_draws("pool", False, (4, 5), params={}), near.double())
+
+
+def test_what_depends_on_content_is_a_share_of_draws():
+    share = share_of_draws("routing", True, (16,), draws=4)
+    assert not share.triu(1).any()
+    assert ((share > 0) & (share < 1)).any()
+
+
+def test_draws_leave_the_random_state_alone_and_take_variants():
+    before = torch.get_rng_state()
+    assert torch.equal(share_of_draws("softmax:xsqa", True, (5,)), torch.ones(5, 5, dtype=torch.float64).tril())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_see_through_layers_that_start_at_zero(monkeypatch):
+    def zeros(*args, **settings):
+        layer = attlas.mixer(*args, **settings)
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+        return layer
+
+    monkeypatch.setattr(attlas.analysis.visible, "mixer", zeros)
+    assert share_of_draws("pool", False, (3, 3)).all(-1)[4]
+    assert specimen("criss_cross", (3, 3)).pairs()[0, 0].all()
+
+
+def test_what_cannot_be_drawn_raises():
+    with pytest.raises(Unsupported, match="does not serve causal"):
+        share_of_draws("agent", True, (6,))
+
+
+def test_peaked_weights_are_seen_until_they_are_called_rounding():
+    torch.manual_seed(0)
+    layer, x = attlas.mixer("softmax", 64, 1), 10 * torch.randn(1, 60, 64)
+    assert visible_pairs(layer, x).all()
+    assert visible_pairs(layer, x, rounding=1e-14).double().mean() < 0.3
 
 
 def test_what_has_no_meaning_is_refused():
@@ -111,6 +168,11 @@ def test_what_has_no_meaning_is_refused():
         visible_pairs(layer)
     with pytest.raises(BadInput, match="in a sequence of 4 tokens"):
         visible_pairs(layer, grid=(4,), queries=[4])
+    for wrong in (torch.randn(5, 16), torch.randn(0, 5, 16), torch.randn(16)):
+        with pytest.raises(BadInput, match=r"tokens are \(B, N, C\) of at least one sequence, got \("):
+            visible_pairs(layer, wrong)
+    with pytest.raises(BadInput, match=r"at least one sequence, got \(2, 3, 8\) and \(1, 5, 8\)"):
+        visible_pairs(layer, torch.randn(2, 3, 8), context_BMC=torch.randn(1, 5, 8))
     with pytest.raises(BadInput, match="query 9 is outside of the 9 tokens"):
         token_at(Grid((3, 3)), 9)
     with pytest.raises(BadInput, match="2 coordinates inside of it"):
@@ -119,6 +181,20 @@ def test_what_has_no_meaning_is_refused():
         svg(torch.ones(2, 1, 3, 3, dtype=torch.bool))
     with pytest.raises(BadInput, match="has 4 tokens, the row 5 keys"):
         svg(torch.ones(5), grid=(2, 2))
+    with pytest.raises(BadInput, match="has 9 tokens, the pairs 3 queries and 4 keys"):
+        svg(torch.ones(3, 4), grid=(3, 3))
+
+
+def test_pairs_of_two_sequences_are_drawn_whole():
+    pairs = torch.ones(3, 4, dtype=torch.bool).tril()
+    for grid in (None, (4,), (2, 2), (3,)):  # of keys or of queries
+        assert draw_text(pairs, grid=grid).splitlines() == ["█▄··", "▀▀▀·"]
+        assert [width // 12 for _, _, width in filled(svg(pairs, grid=grid, query=2))] == [1, 2, 3]
+        with pytest.raises(BadInput, match="query 3 is outside of the 3 tokens"):
+            svg(pairs, grid=grid, query=3)
+    wide = torch.ones(2, 6, 4, dtype=torch.bool)
+    assert svg(wide, grid=(2, 2), query=5) != svg(wide, grid=(2, 2))
+    assert svg(wide, grid=(2, 3), query=(1, 2)) == svg(wide, grid=(2, 3), query=5)
 
 
 def test_the_matrix_is_drawn_in_both_forms():
@@ -164,7 +240,7 @@ def test_frames_and_prefix_tokens_have_panels():
 
 
 def test_files_are_small_svgs(tmp_path):
-    made = specimen("neighborhood", (8, 8), window=3)
+    made = specimen("neighborhood", (8, 8), params={"window": 3})
     draw_svg(made.pairs(), tmp_path / "new" / "seen.svg", grid=made.grid, title='a "b" & c')
     text = (tmp_path / "new" / "seen.svg").read_text()
     assert ElementTree.fromstring(text).attrib["aria-label"] == 'a "b" & c'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,13 +19,11 @@ import pytest
 import torch
 from rich.console import Console
 
-import attlas
 from attlas.bench.records import Failure, QualityJob, Record, SpeedJob, from_json
-from attlas.bench.report import masks, numbers, terminal_tables, visible_pairs, write_html
+from attlas.bench.report import numbers, terminal_tables, write_html
 from attlas.bench.report.digest import FUSED, MATERIALISED, Digest
 from attlas.bench.report.svg import COLOURS, MARKERS, Axis, Point, Series, Style, _apart, chart, matrix
 from attlas.bench.statistics import difference, interval
-from attlas.core.errors import Unsupported
 from tests.bench import records_made_up as made_up
 
 COMMAND = "attlas compare 'soft*,pool' --task text,recall"
@@ -291,13 +290,23 @@ def test_time_chart_has_a_mark_for_every_result(page, records, measure):
     assert all(mark.attributes["data-tip"] for mark in marks)
 
 
-def test_pairs_are_drawn_against_time(page, records):
+def test_time_is_drawn_against_pairs(page, records):
     (figure,) = figure_called(page, "Time against visible pairs, forward")
-    results = speed_results(records, "forward")
-    assert len(figure.all("use", "mark")) == len(results)
-    tips = [mark.attributes["data-tip"] for mark in figure.all("use", "mark")]
-    assert sum("visible pairs" in tip for tip in tips) == len(results)
-    assert len({tip.splitlines()[-1] for tip in tips}) > len(results) / 2
+    names = {("softmax", "torch"): FUSED, ("softmax", "oracle"): MATERIALISED}
+    pairs_of = {}
+    for record in speed_results(records, "forward"):
+        job, result = record.job, record.result
+        took, low, high = (numbers.seconds(x) for x in (result.times.median, result.times.lower, result.times.upper))
+        name, tokens = names.get((job.mechanism, job.backend), job.mechanism), math.prod(job.grid)
+        tip = f"{name}\n{tokens:,} tokens\n{took} ({low} to {high})\n{result.pairs:,} visible pairs"
+        pairs_of[tip] = result.pairs
+    at = {mark.attributes["data-tip"]: float(mark.attributes["x"]) for mark in figure.all("use", "mark")}
+    assert at.keys() == pairs_of.keys()
+    least, most = (extreme(pairs_of, key=pairs_of.get) for extreme in (min, max))
+    wide = math.log(pairs_of[most] / pairs_of[least])
+    for tip, pairs in pairs_of.items():
+        share = math.log(pairs / pairs_of[least]) / wide
+        assert at[tip] == pytest.approx(at[least] + share * (at[most] - at[least]), abs=0.2)
 
 
 def test_quality_charts(page):
@@ -391,58 +400,10 @@ def test_matrix_draws_every_cell_once():
 # -- who sees whom ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_visible_pairs_of_softmax_are_the_mask(causal):
-    seen = visible_pairs("softmax", causal, (6,))
-    expected = attlas.Mask(causal=causal).pairs(6, 6)
-    assert torch.equal(seen, torch.ones(6, 6).double() if expected is None else expected[0, 0].double())
-
-
-def test_visible_pairs_of_pooling_are_the_window_on_the_grid():
-    place = torch.cartesian_prod(torch.arange(4), torch.arange(5))
-    near = (place.unsqueeze(0) - place.unsqueeze(1)).abs().amax(-1) <= 1
-    assert torch.equal(visible_pairs("pool", False, (4, 5), params={}), near.double())
-
-
-def test_what_depends_on_content_is_a_share():
-    seen = visible_pairs("routing", True, (16,), draws=4)
-    assert not seen.triu(1).any()
-    assert ((seen > 0) & (seen < 1)).any()
-
-
-def test_every_mechanism_can_be_pictured():
-    for name in attlas.mechanisms():
-        spec = attlas.core.registry.mechanism(name).spec
-        example = spec.examples[0]
-        causal = all(p.startswith("causal") for p in spec.patterns)
-        assert visible_pairs(name, causal, example.grid, draws=1).any(), name
-
-
-def test_pictures_leave_the_random_state_alone_and_take_variants():
-    before = torch.get_rng_state()
-    assert torch.equal(visible_pairs("softmax:xsqa", True, (5,)), torch.ones(5, 5).tril().double())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_pictures_see_through_layers_that_start_at_zero(monkeypatch):
-    def zeros(*args: object, **settings: object) -> attlas.Mixer:
-        layer = attlas.mixer(*args, **settings)
-        for parameter in layer.parameters():
-            torch.nn.init.zeros_(parameter)
-        return layer
-
-    monkeypatch.setattr(masks, "mixer", zeros)
-    assert torch.equal(visible_pairs("softmax", True, (5,)), torch.ones(5, 5).tril().double())
-
-
-def test_what_cannot_be_pictured_raises():
-    with pytest.raises(Unsupported):
-        visible_pairs("agent", True, (6,))
-
-
 def test_page_pictures_each_mechanism_that_ran(page):
     shown = [figure.attributes["data-name"] for figure in page.all("figure", "mask")]
     assert shown == ["flow", "lightning", "linear", "neighborhood", "pool", "softmax"]
+    assert any("depends on the key's value" in p.text for p in page.all("p", "soft"))
 
 
 # -- robustness ------------------------------------------------------------------------------------------

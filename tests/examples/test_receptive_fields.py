@@ -1,6 +1,7 @@
 """The example of receptive fields at a small size."""
 
 import pytest
+import torch
 
 from examples.receptive_fields import CHOSEN, FIXED, draw, run
 
@@ -20,5 +21,8 @@ def test_windows_are_near_lattices_far_and_what_is_chosen_is_alike(tmp_path, cap
         assert fields[label].unlike < 0.9 * lattice.unlike
         assert fields[label].far > 2 * fields["neighborhood"].far
     assert fields["softmax"].unlike == pytest.approx(1)
+    again = run(grid=(28, 28), query=(13, 11), dim=16, queries=5).fields  # wherever the random state stands
+    assert all(torch.equal(field.seen, again[label].seen) for label, field in fields.items())
+    assert [field.far for field in fields.values()] == [field.far for field in again.values()]
     draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 50_000

@@ -144,6 +144,10 @@ def test_useful_products_are_a_share_of_k_by_s_squared():
     [
         ({"regions": 0}, "regions and top count regions"),
         ({"top": 0}, "regions and top count regions"),
+        ({"regions": "22"}, "whole numbers of at least 1, got '22'"),
+        ({"regions": 2.0}, "whole numbers of at least 1, got 2.0"),
+        ({"regions": (2.0, 2)}, "whole numbers"),
+        ({"top": 2.5}, "whole numbers of at least 1, got 7 and 2.5"),
         ({"regions": 9}, r"cannot be cut into \(9, 9\) regions: take at most \(8, 10\)"),
         ({"regions": (2, 2, 2)}, "for 3 axes, the grid has 2"),
         ({"regions": 2, "top": 5}, "top is 5 regions and the grid 8x10 has 4"),

@@ -113,6 +113,22 @@ def test_a_larger_threshold_never_removes_a_pair(scope):
     assert counts[0] < counts[3] < counts[-1] == before.numel()
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_how_large_queries_and_keys_are_decides_nothing(scope):
+    q, k, _ = qkv()
+    settings = {"blocks": (PARTITIONS["3-D"],), "scope": scope}
+    expected = kept_pairs(q, k, **settings)
+    for scale in (1e-4, 1e-8):
+        assert torch.equal(kept_pairs(q * scale, k * scale, **settings), expected)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_where_all_similarities_are_equal_everything_is_kept(scope):
+    q, k, _ = qkv()
+    assert kept_pairs(q, torch.ones_like(k) * 0.1, blocks=(PARTITIONS["uneven"],), scope="query").all()
+    assert kept_pairs(torch.ones_like(q) * 0.1, torch.ones_like(k) * 0.1, blocks=((2, 2, 2),), scope=scope).all()
+
+
 def test_layers_use_the_partitions_in_turn():
     blocks = tuple(PARTITIONS[name] for name in ("1-D", "2-D", "3-D"))
     layers = [attlas.mixer("vmoba", 16, 2, grid=GRID, layer=n, blocks=blocks) for n in range(5)]
@@ -199,9 +215,15 @@ def test_no_other_block_leaves_the_own_one():
         ({"threshold": 1.5}, "threshold is a share, 0 to 1, got 1.5"),
         ({"top": 0}, "top counts blocks"),
         ({"top": 2, "scope": "block"}, "scope 'block' does not"),
+        ({"top": 1.5}, "whole number of at least 1, got 1.5"),
         ({"blocks": ()}, "at least one"),
+        ({"blocks": (2, 2)}, r"sequence of shapes, .* as \(\(2, 2\),\): got \(2, 2\)"),
+        ({"blocks": ((2.0, 2),)}, "a shape has a whole number"),
+        ({"blocks": "22"}, "a shape has a whole number"),
+        ({"blocks": ((0, 2),)}, "of at least 1, or None"),
         ({"blocks": ((2, 2),), "grid": GRID}, "are for 2 axes, the grid has 3"),
-        ({"blocks": ((5, 2, 2),), "grid": GRID}, r"at most those of the grid on every axis, got \(5, 2, 2\)"),
+        ({"blocks": ((5, 2, 2),), "grid": GRID}, r"blocks of \(5, 2, 2\) .* at most \(4, 4, 6\)"),
+        ({"grid": (2, 4, 4)}, r"blocks of \(3, None, None\) reach over the grid 2x4x4"),
     ],
 )
 def test_what_has_no_meaning_is_refused(settings, words):

@@ -64,6 +64,18 @@ def test_what_stands_off_the_grid_is_dropped_on_the_way_back():
     assert torch.equal(order.join(tiles, 0), torch.ones(9))
 
 
+def test_what_is_held_is_on_the_grid_and_no_padding():
+    uneven, even, x = TileOrder((3, 3), (2, 2)), TileOrder((4, 2), (2, 2)), torch.zeros(2, 1)
+    held_BTP, rows = uneven.held(None, x)
+    assert torch.equal(held_BTP, uneven.real()[None])
+    assert torch.equal(rows, uneven.real().flatten().expand(2, -1))
+    assert even.held(None, x)[1] is None
+    keep = torch.rand(2, 8) > 0.5
+    held_BTP, rows = even.held(keep, x)
+    assert torch.equal(held_BTP, even.cut(keep, 1))
+    assert torch.equal(rows, held_BTP.flatten(1))
+
+
 def test_it_compiles_into_one_graph():
     order = TileOrder((5, 6), (2, 3))
     x = torch.randn(2, 30, 4)

@@ -71,3 +71,25 @@ def test_sorting_by_bits_is_sorting(dtype, length, monkeypatch):
     expected = x.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(values, expected.values)
     assert torch.equal(index, expected.indices)
+
+
+def test_long_rows_may_be_none_and_are_exported_for_any_batch(monkeypatch):
+    monkeypatch.setattr(topk, "LONG", 2)
+    values, index = topk.descending(torch.randn(0, 3, 5))
+    assert values.shape == index.shape == (0, 3, 5)
+
+    class Sort(torch.nn.Module):
+        def forward(self, x):
+            return topk.descending(x)
+
+    batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(Sort(), (torch.randn(3, 5),), dynamic_shapes=(batch,)).module()
+    x = torch.randn(7, 5)
+    assert torch.equal(exported(x)[1], topk.descending(x)[1])
+
+
+def test_the_largest_are_counted_row_by_row_and_of_equal_ones_the_first():
+    x = torch.tensor([[1.0, 3, 3, 2, 3], [0, 0, 0, 0, 0]])
+    assert topk.largest(x, 2).int().tolist() == [[0, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+    assert topk.largest(x, torch.tensor([[4], [0]])).int().tolist() == [[0, 1, 1, 1, 1], [0] * 5]
+    assert topk.largest(x, 9).all()

@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import attlas
+from attlas.analysis.visible import share_of_draws
 from attlas.bench.records import Record, to_json
 from attlas.bench.report import numbers
 from attlas.bench.report.digest import Digest, Picture, machine_facts
-from attlas.bench.report.masks import visible_pairs
 from attlas.bench.report.quality_section import index_section, quality_section
 from attlas.bench.report.speed_section import speed_section
 from attlas.bench.report.svg import definitions, marker, matrix
@@ -106,18 +106,19 @@ def _masks(pictures: Iterable[Picture], looks: Looks) -> str:
         return ""
     notes = "".join(f'<p class="note">Not pictured: {escape(note)}</p>' for note in missing)
     return (
-        '<p class="soft">Rows are outputs, columns are tokens. A cell is filled where the output depends on the '
-        "token: the gradients of small random layers say so. Lighter cells depend on it in some draws only, and a "
-        "second picture shows what one position in the middle of a grid sees.</p>"
+        '<p class="soft">Rows are queries, columns are keys. A cell is filled where the output depends on the key\'s '
+        "value, or on the token where a mechanism has no values: the gradients of small random layers say so. Lighter "
+        "cells depend on it in some draws only, and a second picture shows what one position in the middle of a grid "
+        "sees.</p>"
         f'<div class="masks">{"".join(shown)}</div>{notes}'
     )
 
 
 def _mask(each: Picture, looks: Looks) -> str:
     try:
-        share_NN, settings = visible_pairs(each.mechanism, each.causal, each.grid, params=each.params), ""
+        share_NN, settings = share_of_draws(each.mechanism, each.causal, each.grid, params=each.params), ""
     except BadInput:  # settings for more tokens than the picture has
-        share_NN, settings = visible_pairs(each.mechanism, each.causal, each.grid), ", small settings"
+        share_NN, settings = share_of_draws(each.mechanism, each.causal, each.grid), ", small settings"
     tokens = share_NN.shape[0]
     picture = matrix(share_NN, title=f"Tokens that each output of {each.name} depends on")
     if len(each.grid) == 2:

@@ -35,6 +35,8 @@ from attlas.ops.pairs import weighted_values
 from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import blank_padding
 from attlas.ops.tile_order import TileOrder
+from attlas.ops.topk import largest
+from attlas.ops.windows import per_axis
 
 PROJECTIONS = 4 * (16 * 16 + 16)
 
@@ -84,8 +86,8 @@ class BiFormer(Attend):
     ) -> None:
         super().__init__(site, backend)
         numbers = list(regions) if isinstance(regions, Sequence) else [regions]
-        if min([*numbers, top]) < 1:
-            raise BadInput(f"regions and top count regions and are at least 1, got {regions} and {top}")
+        if not all(isinstance(number, int) and number >= 1 for number in [*numbers, top]):
+            raise BadInput(f"regions and top count regions: whole numbers of at least 1, got {regions!r} and {top!r}")
         self.regions, self.top, self.kernel = regions, top, kernel
         if site.grid is not None:
             self._order(site.grid)
@@ -93,18 +95,13 @@ class BiFormer(Attend):
 
     def _order(self, grid: Grid) -> TileOrder:
         """The regions as tiles of the grid."""
-        regions = self._per_axis(grid)
-        if len(regions) != grid.rank:
-            raise BadInput(f"regions {regions} are for {len(regions)} axes, the grid has {grid.rank}")
+        regions = per_axis("regions", self.regions, grid.rank)
         if any(number > length for number, length in zip(regions, grid.shape, strict=True)):
             raise BadInput(f"a {grid} cannot be cut into {regions} regions: take at most {grid.shape}")
         order = TileOrder(grid.shape, tuple(length // s for length, s in zip(grid.shape, regions, strict=True)))
         if self.top > order.tiles:
             raise BadInput(f"top is {self.top} regions and the {grid} has {order.tiles}; take at most {order.tiles}")
         return order
-
-    def _per_axis(self, grid: Grid) -> tuple[int, ...]:
-        return tuple(self.regions) if isinstance(self.regions, Sequence) else (self.regions,) * grid.rank
 
     @property
     def _scale(self) -> float:
@@ -115,17 +112,14 @@ class BiFormer(Attend):
         order = self._order(call.grid)
         keep_BN = call.mask.keys
         q, k, v = blank_padding(keep_BN, q_BHND, k_BHND, v_BHND)
-        real_BTP = order.real(q.device).unsqueeze(0)
-        if keep_BN is not None:
-            real_BTP = order.cut(keep_BN, 1)
+        real_BTP, keep_BM = order.held(keep_BN, q)
         chosen_BTT = self._route(order.cut(q), order.cut(k), real_BTP)
-        whole = keep_BN is None and order.even
         o = block_sparse_attention(
             *(order.cut(x).flatten(2, 3) for x in (q, k, v)),
             chosen_BTT.unsqueeze(1),
             rows=order.places,
             columns=order.places,
-            keep=None if whole else real_BTP.flatten(1).expand(len(q), -1),
+            keep=keep_BM,
             scale=self._scale,
             backend=self.backend,
         )
@@ -144,9 +138,7 @@ class BiFormer(Attend):
             )
             product_BTT = q_BTC @ k_BTC.mT
         live_B1T = (size_B1T1 > 0)[..., 0]
-        best = product_BTT.masked_fill(~live_B1T, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        chosen = torch.zeros_like(product_BTT, dtype=torch.bool).scatter(-1, best[..., : self.top], True)
-        return chosen & live_B1T
+        return largest(product_BTT.masked_fill(~live_B1T, -torch.inf), self.top) & live_B1T
 
     def oracle(self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, call: Call) -> Tensor:
         """Region by region over the positions that it holds, then one matrix of weights per head."""
@@ -176,7 +168,8 @@ class BiFormer(Attend):
     def _region(self, grid: Grid, device: torch.device) -> Tensor:
         """The number of the region of each position."""
         number = torch.zeros(grid.positions, dtype=torch.long, device=device)
-        for place, length, count in zip(grid.places(device).unbind(1), grid.shape, self._per_axis(grid), strict=True):
+        regions = per_axis("regions", self.regions, grid.rank)
+        for place, length, count in zip(grid.places(device).unbind(1), grid.shape, regions, strict=True):
             number = number * (2 * length) + place // (length // count)
         return number
 

@@ -44,6 +44,7 @@ from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.block_sparse import block_sparse_attention
 from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import attention_weights, blank_padding
+from attlas.ops.topk import largest
 
 PROJECTIONS = 4 * (16 * 16 + 16)
 
@@ -197,9 +198,7 @@ class Sparsifiner(Attend):
     def _cut(self, mixture_BHRM: Tensor) -> Tensor:
         """The large shares of each mixture."""
         if self.coefficients is not None:
-            best = mixture_BHRM.detach().argsort(dim=-1, descending=True, stable=True)[..., : self.coefficients]
-            kept = torch.zeros_like(mixture_BHRM, dtype=torch.bool).scatter(-1, best, True)
-            mixture_BHRM = mixture_BHRM.where(kept, 0)
+            mixture_BHRM = mixture_BHRM.where(largest(mixture_BHRM.detach(), self.coefficients), 0)
         return F.threshold(mixture_BHRM, self.coefficient_threshold, 0)
 
     def _pick(self, guess_BHRN: Tensor, keep_BN: Tensor | None) -> Tensor:
@@ -207,9 +206,7 @@ class Sparsifiner(Attend):
         real = guess_BHRN.new_ones((), dtype=torch.bool) if keep_BN is None else keep_BN[:, None, None]
         if self.threshold is not None:
             return (guess_BHRN > self.threshold) & real
-        best = guess_BHRN.masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(guess_BHRN, dtype=torch.bool).scatter(-1, best[..., : self.budget], True)
-        return kept & real
+        return largest(guess_BHRN.masked_fill(~real, -torch.inf), self.budget) & real
 
     def _distil(self, guess_BHRN: Tensor, q_BHND: Tensor, k_BHND: Tensor, call: Call) -> None:
         """Set the auxiliary loss."""

@@ -12,10 +12,10 @@ into them included.
 
 The scope says which similarities compete: "head", all queries and blocks of a head (the paper's global selection,
 in which a head with peaked similarities keeps fewer blocks than a flat one); "query", the blocks of one query of one
-head; "block", all queries of all heads for one block; "all", everything in one sequence. At least one other block is
-kept in each scope. Selection carries no gradient, of equal similarities the first is better, and at threshold 1
-everything is kept. With `top` K instead of a threshold a scope keeps K blocks per query and head, own ones first: K
-for each query, or K times as many as the scope has queries.
+head; "block", all queries of all heads for one block; "all", everything in one sequence. A threshold keeps at least one
+other block in each scope, and everything at 1 or where all similarities are equal. With `top` K instead of a threshold
+a scope keeps K blocks per query and head, own ones first: K for each query, or K times as many as the scope has
+queries. Selection carries no gradient, and of equal similarities the first is better.
 
 q (B, H, N, D), k, v (B, G, N, D), T blocks. Time O(N T D H) for the gate and O(N n D H) for the pairs, n keys kept
 on average; the similarities of a scope are sorted.
@@ -25,9 +25,11 @@ Padding enters no mean and no scope. A block of padding alone is not kept.
 Source: Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", 2025 (arXiv:2506.23858), official
 code KwaiVGI/VMoBA. The published code attends to everything where no other block is kept at all; here queries then
 see their own blocks. Where all others of a scope are least similar, the one that it keeps may be none of them; here it
-is one. Its scopes "head", "block" and "all" run over all sequences that are packed together; here each sequence is by
-itself. Its tiles and cubes have to divide the grid. By default blocks make 7, 40 and 60 on its example of 21 x 20 x
-32 tokens; how the 60 cubes are shaped is our reading.
+is one. It takes similarities g that span up to 1e-6 for equal, so that small queries keep more; here equal is what
+spans that share of the largest |g|, and how large queries and keys are decides nothing. Its scopes "head", "block" and
+"all" run over all sequences that are packed together; here each sequence is by itself. Its tiles and cubes have to
+divide the grid. By default blocks make 7, 40 and 60 on its example of 21 x 20 x 32 tokens; how the 60 cubes are shaped
+is our reading.
 """
 
 from collections.abc import Sequence
@@ -46,9 +48,9 @@ from attlas.ops.pairs import weighted_values
 from attlas.ops.precision import as_written, wide
 from attlas.ops.softmax import blank_padding, repeat_heads
 from attlas.ops.tile_order import TileOrder
-from attlas.ops.topk import descending
+from attlas.ops.topk import descending, largest
 
-SMALL = 1e-6  # spreads up to here count as none, and it is added to sums that divide
+SMALL = 1e-6  # spreads up to this share of the largest similarity are rounding
 KEPT_AXES = {"all": 1, "head": 2, "block": 2, "query": 3}
 PROJECTIONS = 4 * (16 * 16 + 16)
 
@@ -108,12 +110,15 @@ class VMoBA(Attend):
             raise BadInput(f"scope is one of {', '.join(map(repr, KEPT_AXES))}, got {scope!r}")
         if not 0 <= threshold <= 1:
             raise BadInput(f"threshold is a share, 0 to 1, got {threshold}")
-        if top is not None and top < 1:
-            raise BadInput(f"top counts blocks, the own one included, and is at least 1, got {top}")
+        if top is not None and not (isinstance(top, int) and top >= 1):
+            raise BadInput(f"top counts blocks, the own one included: a whole number of at least 1, got {top!r}")
         if top is not None and scope == "block":
             raise BadInput("top counts the blocks of a query, which scope 'block' does not: give a threshold")
-        if not blocks:
-            raise BadInput("blocks are the shapes that layers use in turn, at least one")
+        if not (isinstance(blocks, Sequence) and blocks and all(map(_is_shape, blocks))):
+            raise BadInput(
+                "blocks is a sequence of shapes, at least one, and a shape has a whole number of at least 1, or None "
+                f"for all, per axis, as ((2, 2),): got {blocks!r}"
+            )
         self.block = tuple(blocks[site.layer % len(blocks)])
         self.scope, self.threshold, self.top = scope, threshold, top
         if site.grid is not None:
@@ -126,22 +131,28 @@ class VMoBA(Attend):
                 f"blocks of {self.block} are for {len(self.block)} axes, the grid has {grid.rank}: pass blocks with "
                 "a number, or None for all, per axis"
             )
-        sides = zip(self.block, grid.shape, strict=True)
-        return TileOrder(grid.shape, tuple(length if side is None else side for side, length in sides))
+        tile = self._sides(grid)
+        if any(side > length for side, length in zip(tile, grid.shape, strict=True)):
+            raise BadInput(
+                f"blocks of {self.block} reach over the {grid}: pass blocks of at most {grid.shape}, "
+                "or with None for a whole axis"
+            )
+        return TileOrder(grid.shape, tile)
+
+    def _sides(self, grid: Grid) -> tuple[int, ...]:
+        """Places of a block on each axis."""
+        return tuple(length if side is None else side for side, length in zip(self.block, grid.shape, strict=True))
 
     def compute(self, q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, call: Call) -> Tensor:
         """Order keys by blocks, select, attend."""
         order, keep_BN = self._order(call.grid), call.mask.keys
         q, k, v = blank_padding(keep_BN, q_BHND, k_BGND, v_BGND)
-        real_BTP = order.real(q.device).unsqueeze(0)
-        if keep_BN is not None:
-            real_BTP = order.cut(keep_BN, 1)
+        real_BTP, keep_BM = order.held(keep_BN, q)
         k_BGTPD = order.cut(k)
         own_NT = order.owner(q.device).unsqueeze(1) == torch.arange(order.tiles, device=q.device)
         valid_B1NT = real_BTP.any(-1)[:, None, None].expand(-1, -1, q.shape[2], -1)
         if keep_BN is not None:
             valid_B1NT = valid_B1NT & keep_BN[:, None, :, None]
-        whole = keep_BN is None and order.even
         o: Tensor = block_sparse_attention(
             q,
             k_BGTPD.flatten(2, 3),
@@ -149,7 +160,7 @@ class VMoBA(Attend):
             self._select(self._gate(q, k_BGTPD, real_BTP), own_NT, valid_B1NT),
             rows=1,
             columns=order.places,
-            keep=None if whole else real_BTP.flatten(1).expand(len(q), -1),
+            keep=keep_BM,
             backend=self.backend,
         )
         return o
@@ -174,9 +185,7 @@ class VMoBA(Attend):
         else:
             queries_X1 = own_XS.sum(-1, keepdim=True)  # each has one own block
             best_XS = gate_XS.masked_fill(own_XS, torch.inf).masked_fill(~valid_XS, -torch.inf)
-            index_XS = descending(best_XS)[1]
-            rank_S = torch.arange(gate_XS.shape[-1], device=gate_XS.device)
-            chosen_XS = torch.zeros_like(valid_XS).scatter(-1, index_XS, rank_S < self.top * queries_X1) & valid_XS
+            chosen_XS = largest(best_XS, self.top * queries_X1) & valid_XS
         if self.scope != "block":
             return chosen_XS.view(gate_BHNT.shape)
         batch, heads, queries, tiles = gate_BHNT.shape
@@ -191,9 +200,11 @@ class VMoBA(Attend):
         """The largest others, one at least and no more than the threshold asks for."""
         other_XS = valid_XS & ~own_XS
         low = gate_XS.masked_fill(~valid_XS, torch.inf).amin(-1, keepdim=True)
-        spread = gate_XS.masked_fill(~valid_XS, -torch.inf).amax(-1, keepdim=True) - low
-        similar_XS = ((gate_XS - low) / spread.where(spread > SMALL, 1)).where(valid_XS, 0)
-        total = similar_XS.sum(-1, keepdim=True) + SMALL
+        high = gate_XS.masked_fill(~valid_XS, -torch.inf).amax(-1, keepdim=True)
+        spread = high - low
+        differ = spread > SMALL * torch.maximum(low.abs(), high.abs())
+        similar_XS = ((gate_XS - low) / spread.where(differ, torch.inf)).where(valid_XS, 0)
+        total = similar_XS.sum(-1, keepdim=True).clamp(min=1)  # the largest alone is 1, unless all are 0
         missing = (self.threshold - similar_XS.where(own_XS, 0).sum(-1, keepdim=True) / total).clamp(min=0)
         best, index_XS = descending(similar_XS.masked_fill(~other_XS, -1))
         share_XS = best.clamp(min=0).cumsum(-1) / total
@@ -208,8 +219,7 @@ class VMoBA(Attend):
         q, k, v = blank_padding(keep_BN, q_BHND, k_BGND, v_BGND)
         k_BHND = repeat_heads(k, heads)
         places_NR = call.grid.places(q.device)
-        sides = [length if side is None else side for side, length in zip(self.block, call.grid.shape, strict=True)]
-        block_N = (places_NR // places_NR.new_tensor(sides)).unique(dim=0, return_inverse=True)[1]
+        block_N = (places_NR // places_NR.new_tensor(self._sides(call.grid))).unique(dim=0, return_inverse=True)[1]
         seen_BHNN = q.new_zeros(batch, heads, tokens, tokens, dtype=torch.bool)
         for b in range(batch):
             real = [n for n in range(tokens) if keep_BN is None or keep_BN[b, n]]
@@ -245,8 +255,8 @@ class VMoBA(Attend):
         if self.top is not None:
             return (self.top - 1) * len(own)
         low, high = (extreme(gate[triple] for triple in triples) for extreme in (min, max))
-        spread = high - low if high - low > SMALL else 1.0
-        total = sum((gate[triple] - low) / spread for triple in triples) + SMALL
+        spread = high - low if high - low > SMALL * max(abs(low), abs(high)) else float("inf")
+        total = sum((gate[triple] - low) / spread for triple in triples) or 1.0
         share = sum((gate[triple] - low) / spread for triple in own) / total
         missing, kept, share = max(0.0, self.threshold - share), 0, 0.0
         while kept < len(others) and (kept == 0 or share < missing or self.threshold == 1):
@@ -274,3 +284,8 @@ class VMoBA(Attend):
         gate, product = 2 * rows * order.tiles * self.site.head_dim, 4 * self.site.head_dim
         executed = rows * order.tiles * order.places
         return Cost(gate + product * pairs, gate + product * executed, pairs if exact else 0)
+
+
+def _is_shape(value: object) -> bool:
+    """Whether it says how many places a block has on each axis."""
+    return isinstance(value, Sequence) and all(side is None or (isinstance(side, int) and side >= 1) for side in value)
