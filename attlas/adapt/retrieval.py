@@ -27,10 +27,11 @@ before it reads any, and lets chunk and last block overlap when there are just a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,10 @@ from torch import Tensor, nn
 from attlas.blocks.attention import Attention
 from attlas.blocks.positions import PartRotary, Position, Rotary
 from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
+from attlas.core.mask import Mask
 from attlas.mechanisms.local_sparse.landmark import Landmark
-from attlas.ops.landmarks import grouped_softmax
+from attlas.ops.landmarks import grouped_softmax, scaled_scores
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
@@ -55,9 +58,10 @@ class Reader(nn.Module):
         top_k: blocks that are read for a query.
         blocks: capacity of the store; the oldest block makes room.
         selection: `per_token_and_head` chooses for every query and head; `max_over_heads` by the largest share over
-            heads, for every query; `max_over_tokens` by the largest share over the queries of a chunk, for every head.
+            heads, for every query; `max_over_tokens` by the largest share over the queries of a chunk, for every head,
+            so that inside a chunk later tokens have a say in what earlier ones read: it is causal from chunk to chunk.
         device: of the store; that of the layer by default.
-        path: a file for the store instead, read through the page cache of the operating system.
+        path: a new file for the store instead, read through the page cache of the operating system.
 
     Attributes:
         bytes_read: bytes of the blocks read so far. A block that several queries of a chunk choose is read once.
@@ -96,6 +100,8 @@ class Reader(nn.Module):
         self.device, self.path = device, path
         self.period = layer.attend.mem_freq + 1
         self.clear()
+        if path is not None:
+            _new_file(Path(path))
 
     def clear(self) -> None:
         """Forget the text."""
@@ -106,20 +112,29 @@ class Reader(nn.Module):
         self.written = 0
 
     @torch.no_grad()
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """The outputs (B, N, C) of the next tokens of the text, landmarks in their places."""
+    def forward(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+        grid: Grid | Sequence[int] | None = None,
+    ) -> Tensor:
+        """The outputs (B, N, C) of the next tokens of the text, landmarks in their places; as a layer, without mask."""
         layer = self.layer
         layer._check_tokens("x", x_BNC, layer.site.dim)
-        if not x_BNC.shape[1]:
+        if context_BMC is not None or mask is not None:
+            raise BadInput("a Reader takes the tokens of one text, all of them real: pass neither a context nor a mask")
+        batch, tokens, _ = x_BNC.shape
+        if not tokens:
             return x_BNC
+        layer._check(batch, tokens, tokens, False, None, grid)
         # Tokens as their own context are projected and not rotated.
         q_BHND, k_BGND, v_BGNE = layer._project(x_BNC, x_BNC, 0)
         if self.store is None:
             self._open(k_BGND, v_BGNE)
-        elif x_BNC.shape[0] != self.store.shape[0]:
-            raise BadInput(
-                f"the text so far has {self.store.shape[0]} sequences, got {x_BNC.shape[0]}; clear() begins another"
-            )
+        elif batch != self.store.shape[0]:
+            raise BadInput(f"the text so far has {self.store.shape[0]} sequences, got {batch}; clear() begins another")
         k_BGND, v_BGNE = torch.cat([self.last_k, k_BGND], 2), torch.cat([self.last_v, v_BGNE], 2)
         cached = min(self.written, self.blocks)
         begin = (min(cached, self.top_k) + 1) * self.period
@@ -131,16 +146,15 @@ class Reader(nn.Module):
     def _attend(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, cached: int) -> Tensor:
         """The grouped softmax over what is read, then what is at hand."""
         size, groups = q_BHND.shape[3], k_BGMD.shape[1]
-        scale = size**-0.5
         q_BGRND = q_BHND.unflatten(1, (groups, -1))
-        scores_BHNM = (q_BGRND @ k_BGMD.unsqueeze(2).mT).flatten(1, 2) * scale
+        scores_BHNM = scaled_scores(q_BGRND, k_BGMD.unsqueeze(2)).flatten(1, 2)
         if not cached:
             weights_BHNM = grouped_softmax(scores_BHNM, self.period - 1).to(v_BGME.dtype)
             return (weights_BHNM.unflatten(1, (groups, -1)) @ v_BGME.unsqueeze(2)).flatten(1, 2)
         order_BHTK = self._choose(q_BGRND, cached)
         k_BHTXD, v_BHTXE = self._read(order_BHTK, cached, size)
         q_BHTQD = q_BHND.unflatten(2, (order_BHTK.shape[2], -1))
-        far_BHNX = (q_BHTQD @ k_BHTXD.mT).flatten(2, 3) * scale
+        far_BHNX = scaled_scores(q_BHTQD, k_BHTXD).flatten(2, 3)
         weights = grouped_softmax(torch.cat([far_BHNX, scores_BHNM], 3), self.period - 1).to(v_BGME.dtype)
         far, near = weights.split([far_BHNX.shape[3], scores_BHNM.shape[3]], 3)
         o_BHNE = (near.unflatten(1, (groups, -1)) @ v_BGME.unsqueeze(2)).flatten(1, 2)
@@ -158,7 +172,7 @@ class Reader(nn.Module):
         spread = [position.rotate(recent[:, :, t : t + 1], (t + 2) * self.period - 1) for t in range(recent.shape[2])]
         old = standing.squeeze(2).unflatten(0, (-1, cached - top_k)).transpose(1, 2) if cached > top_k else old
         marks_BGSD = torch.cat([old, *spread], 2)
-        shares = (q_BGRND @ marks_BGSD.unsqueeze(2).mT * q_BGRND.shape[-1] ** -0.5).flatten(1, 2).softmax(-1)
+        shares = scaled_scores(q_BGRND, marks_BGSD.unsqueeze(2)).flatten(1, 2).softmax(-1)
         if self.selection == "max_over_heads":
             shares = shares.amax(1, keepdim=True).expand_as(shares)
         elif self.selection == "max_over_tokens":
@@ -209,7 +223,21 @@ class Reader(nn.Module):
         slot_S = torch.arange(self.written - fresh_BGSPF.shape[2], self.written, device=k_BGMD.device) % self.blocks
         self.store[:, :, slot_S.to(self.store.device)] = fresh_BGSPF.to(self.store.device)
         self.marks[:, :, slot_S] = fresh_BGSPF[:, :, :, -1, : k_BGMD.shape[3]]
-        self.last_k, self.last_v = k_BGMD[:, :, whole * self.period :], v_BGME[:, :, whole * self.period :]
+        # Views would keep the whole chunk alive.
+        self.last_k, self.last_v = (x[:, :, whole * self.period :].clone() for x in (k_BGMD, v_BGME))
+
+
+def _new_file(path: Path) -> None:
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        raise BadInput(
+            f"{path} is there already, and the store would overwrite it: delete it, or name another place"
+        ) from None
+    except OSError as error:
+        raise BadInput(
+            f"no store can be made at {path} ({error.strerror}): name a new file in a folder that exists"
+        ) from None
 
 
 @contextmanager
@@ -227,16 +255,26 @@ def applied(
     Args:
         model: holds layers of `attlas.mixer("landmark", ...)`.
         top_k, blocks, selection, device: as in `Reader`.
-        path: a folder, made where there is none, in which every reader keeps its store as a file of its own.
+        path: a folder, made where there is none, in which every reader keeps its store as a new file of its own.
     """
+    if _is_landmark(model):
+        raise BadInput("the model is a landmark layer, with no place to put a Reader: call Reader(layer) itself")
+    if any(isinstance(module, Reader) for module in model.modules()):
+        raise BadInput("there are Readers in the model already: leave the other `applied` first")
+    # A layer that stands at two places reads two texts.
     places = [
         (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, Attention) and isinstance(layer.attend, Landmark)
+        for _, parent in model.named_modules(remove_duplicate=False)
+        for name, layer in parent._modules.items()
+        if _is_landmark(layer)
     ]
     if not places:
         raise BadInput("the model holds no landmark layer: build them with attlas.mixer('landmark', ..., causal=True)")
+    if len({(parent, name) for parent, name, _ in places}) < len(places):
+        raise BadInput(
+            "a module around a landmark layer is used at two places, which would read one text: put a "
+            "copy.deepcopy of it at one of them"
+        )
     if path is not None:
         Path(path).mkdir(parents=True, exist_ok=True)
     readers = []
@@ -250,3 +288,7 @@ def applied(
     finally:
         for parent, name, layer in places:
             setattr(parent, name, layer)
+
+
+def _is_landmark(module: nn.Module | None) -> TypeGuard[Attention]:
+    return isinstance(module, Attention) and isinstance(module.attend, Landmark)

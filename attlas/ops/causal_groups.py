@@ -42,6 +42,12 @@ def group_size(length: int, ratio: float) -> int:
     return max(1, int(length * ratio))
 
 
+def every_token_asks(q_BHND: Tensor, k_BGMD: Tensor) -> None:
+    """Refuse keys without queries of their own."""
+    if q_BHND.shape[2] != k_BGMD.shape[2]:
+        raise BadInput(f"every token is a query, got {q_BHND.shape[2]} queries for {k_BGMD.shape[2]} keys")
+
+
 def causal_groups(
     q_BHND: Tensor, keys: Keys, sinks: Keys, *, group: int, shift: int = 0, start: int = 0, backend: str = "auto"
 ) -> Tensor:
@@ -74,8 +80,8 @@ def causal_groups(
     columns = keys.k.shape[2] // groups
     key_TM = torch.arange(held, held + groups * columns, device=q_BHND.device).unflatten(0, (groups, columns))
     query_TN1 = torch.arange(first - before, stop + behind, device=q_BHND.device).view(groups, rows, 1)
-    near_BTNM = (key_TM.unsqueeze(1) <= query_TN1) & (key_TM >= count).unsqueeze(1)
-    near_BTNM = near_BTNM & keys.keep.unflatten(1, (groups, columns)).unsqueeze(2)
+    near_TNM = (key_TM.unsqueeze(1) <= query_TN1) & (key_TM >= count).unsqueeze(1)
+    near_BTNM = near_TNM & keys.keep.unflatten(1, (groups, columns)).unsqueeze(2)
     far_BTNS = (torch.arange(count, device=q_BHND.device) <= query_TN1) & sinks.keep[:, None, None]
     seen_BTNM = torch.cat([far_BTNS, near_BTNM], -1)
     folded = (x.unflatten(2, (groups, -1)).transpose(1, 2) for x in (q_BHND, *blank_padding(keys.keep, *keys[:2])))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attlas.core.errors import BadInput
-from attlas.ops.precision import wide
+from attlas.ops.precision import as_written, wide
 
 
 def insert_landmarks(x_BN: Tensor, every: int, landmark: Tensor | int) -> Tensor:
@@ -31,9 +31,17 @@ def insert_landmarks(x_BN: Tensor, every: int, landmark: Tensor | int) -> Tensor
         landmark: its number, or its vector (C).
     """
     _check(every)
+    if not x_BN.is_floating_point() and not _holds(x_BN.dtype, landmark):
+        raise BadInput(f"tokens in {x_BN.dtype} cannot hold the landmark {landmark}: give both one wide enough dtype")
+    mark = torch.as_tensor(landmark, device=x_BN.device)
+    if x_BN.ndim < 2 or mark.shape != x_BN.shape[2:]:
+        raise BadInput(
+            f"a landmark is one more token, a number among numbers (B, N) or a vector (C) among vectors (B, N, C): got "
+            f"{tuple(mark.shape)} for {tuple(x_BN.shape)}"
+        )
     whole = x_BN.shape[1] // every
     blocks, rest = x_BN[:, : whole * every].unflatten(1, (whole, every)), x_BN[:, whole * every :]
-    marks = torch.as_tensor(landmark, dtype=x_BN.dtype, device=x_BN.device).expand_as(blocks[:, :, :1])
+    marks = mark.to(x_BN.dtype).expand_as(blocks[:, :, :1])
     return torch.cat([torch.cat([blocks, marks], 2).flatten(1, 2), rest], 1)
 
 
@@ -42,6 +50,12 @@ def drop_landmarks(x_BN: Tensor, every: int) -> Tensor:
     _check(every)
     place = torch.arange(x_BN.shape[1], device=x_BN.device)
     return x_BN[:, place % (every + 1) < every]
+
+
+def scaled_scores(q_ND: Tensor, k_MD: Tensor) -> Tensor:
+    """q · k / √D (..., N, M), in float32 or better: in half precision sums overflow, and rounding decides choices."""
+    with as_written(q_ND):
+        return wide(q_ND) * q_ND.shape[-1] ** -0.5 @ wide(k_MD).mT
 
 
 def grouped_softmax(scores_NM: Tensor, every: int, keep_M: Tensor | None = None) -> Tensor:
@@ -80,6 +94,12 @@ def grouped_softmax(scores_NM: Tensor, every: int, keep_M: Tensor | None = None)
     seeing = seen.any(-1, keepdim=True)
     weights = shifted.masked_fill(~seen & seeing, -torch.inf).softmax(-1) * seeing
     return F.pad(weights.unflatten(-1, (-1, every)), (0, 1)).flatten(-2)[..., :keys]
+
+
+def _holds(dtype: torch.dtype, value: Tensor | int) -> bool:
+    if isinstance(value, Tensor):
+        return torch.promote_types(value.dtype, dtype) == dtype
+    return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
 
 
 def _check(every: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 import attlas
 from attlas.adapt.retrieval import SELECTIONS, Reader, applied
-from attlas.core.errors import BadInput
+from attlas.core.errors import BadInput, Unsupported
 
 EVERY = 3
 PERIOD = EVERY + 1
@@ -40,7 +40,7 @@ def test_reading_every_block_is_the_layer_itself(selection, sizes, position):
 
 
 def literal(source, x_past, x_new, top_k, selection):
-    """Two chunks of one sequence: the second reads from the first. Head by head, query by query."""
+    """Two chunks of one sequence: the second reads from the first. Head by head, query by query. Outputs and shares."""
     heads, size = source.site.heads, source.site.head_dim
     joint = torch.cat([x_past, x_new], 1)
     q, k, v = (
@@ -88,7 +88,7 @@ def literal(source, x_past, x_new, top_k, selection):
             for share, gate in zip(local[len(own) :], gates, strict=True):
                 tokens = list(range(gate - EVERY, gate))
                 out[h, n] += share * (torch.stack([score[j] for j in tokens]).softmax(0) @ v[h, tokens])
-    return source.out_proj(out.transpose(0, 1).flatten(1))
+    return source.out_proj(out.transpose(0, 1).flatten(1)), shares
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -98,8 +98,43 @@ def test_choice_places_and_softmax_are_the_published_ones(selection, past, new):
     reader = Reader(source, top_k=2, selection=selection)
     with torch.no_grad():
         reader(x[:, :past])
-        expected = literal(source, x[:, :past], x[:, past:], 2, selection)
+        expected, shares = literal(source, x[:, :past], x[:, past:], 2, selection)
         torch.testing.assert_close(reader(x[:, past:])[0], expected, rtol=0, atol=1e-12)
+    assert reader.shares.shape[2] == (1 if selection == "max_over_tokens" else new)
+    torch.testing.assert_close(reader.shares[0].expand_as(shares), shares, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_who_has_a_say_in_what_is_read(selection):
+    source, past, x = layer(), text(40), 3 * text(8)
+    other = x.clone()
+    other[:, 4:] = 3 * torch.randn(2, 4, 16, dtype=torch.float64)
+    outputs = []
+    for chunk in (x, other):
+        reader = Reader(source, top_k=2, selection=selection)
+        reader(past)
+        outputs.append(reader(chunk)[:, :4])
+    assert torch.equal(*outputs) == (selection != "max_over_tokens")
+
+
+@pytest.mark.parametrize(("dtype", "size", "tolerance"), [(torch.float16, 60, 1e-3), (torch.bfloat16, 1, 6e-3)])
+def test_half_precision_neither_overflows_nor_rounds_scores(dtype, size, tolerance):
+    torch.manual_seed(0)
+    source = attlas.mixer("landmark", 64, 1, causal=True, mem_freq=EVERY)
+    with torch.no_grad():
+        source.q_proj.weight.mul_(size)
+        source.k_proj.weight.mul_(size)
+    source, x = source.to(dtype), torch.randn(1, 400, 64).to(dtype)
+    exact = copy.deepcopy(source).double()
+    # Queries, keys and values as the layer rounds them.
+    for name in ("q_proj", "k_proj", "v_proj"):
+        made = getattr(source, name)
+        getattr(exact, name).forward = lambda x, made=made: made(x.to(dtype)).double()
+    near, far = Reader(source, top_k=2), Reader(exact, top_k=2)
+    got, expected = read(near, x, 390, 10), read(far, x.double(), 390, 10)
+    assert (got - expected).norm() < tolerance * expected.norm()
+    assert near.shares.dtype == torch.float32
+    torch.testing.assert_close(near.shares.double(), far.shares, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -171,25 +206,91 @@ def test_a_file_is_as_good_as_memory(tmp_path):
         assert near.bytes_read == far.bytes_read > 0
 
 
-def test_clear_begins_another_text():
-    reader, x = Reader(layer(), top_k=2), text(30)
-    first = read(reader, x, 20, 10)
-    with pytest.raises(BadInput, match="2 sequences, got 1"):
-        reader(x[:1])
-    reader.clear()
-    assert torch.equal(read(reader, x, 20, 0, 10), first)
+def test_the_rest_of_a_chunk_does_not_keep_it_alive():
+    reader = Reader(layer(), top_k=2, blocks=5)
+    reader(text(203))
+    for rest in (reader.last_k, reader.last_v):
+        assert rest.untyped_storage().nbytes() == rest.nbytes > 0
+
+
+def test_clear_begins_another_text(tmp_path):
+    for place in ({}, {"path": tmp_path / "store"}):
+        reader, x = Reader(layer(), top_k=2, **place), text(30)
+        reader(x[:, :20])
+        assert reader.chosen is reader.shares is None
+        reader(x[:, 20:])
+        kept = reader.chosen, reader.bytes_read
+        with pytest.raises(BadInput, match="2 sequences, got 1"):
+            reader(x[:1])
+        reader.clear()
+        assert (reader.chosen, reader.shares, reader.store, reader.bytes_read) == (None, None, None, 0)
+        again = read(reader, x, 20, 0, 10)
+        assert torch.equal(again, read(Reader(layer(), top_k=2), x, 20, 10))
+        assert torch.equal(reader.chosen, kept[0])
+        assert reader.bytes_read == kept[1] > 0
+
+
+def test_a_store_overwrites_no_file(tmp_path):
+    mine, missing = tmp_path / "thesis", tmp_path / "none" / "store"
+    mine.write_bytes(b"precious")
+    for path in (mine, tmp_path):
+        with pytest.raises(BadInput, match="is there already"):
+            Reader(layer(), path=path)
+    assert mine.read_bytes() == b"precious"
+    with pytest.raises(BadInput, match=r"no store can be made .* in a folder"):
+        Reader(layer(), path=missing)
+    Reader(layer(), path=tmp_path / "one")  # nor that of another Reader, before or after its first chunk
+    with pytest.raises(BadInput, match="is there already"):
+        Reader(layer(), path=tmp_path / "one")
 
 
 def test_readers_stand_for_the_layers_of_a_model_and_leave(tmp_path):
     model = nn.Sequential(layer(), nn.GELU(), nn.Sequential(layer()))
     first, second, x = model[0], model[2][0], text(40)
     with torch.no_grad(), applied(model, top_k=10, path=tmp_path / "new") as readers:
-        assert [type(model[0]), type(model[2][0])] == [Reader, Reader]
+        assert [model[0], model[2][0]] == readers
         got = read(model, x, 16, 24)
         assert all(reader.bytes_read for reader in readers)
     assert (model[0], model[2][0]) == (first, second)
     assert len(list((tmp_path / "new").iterdir())) == 2
     torch.testing.assert_close(got, model(x), rtol=0, atol=1e-12)
+
+
+def test_layers_come_back_after_an_error(tmp_path):
+    model = nn.Sequential(layer(), nn.GELU(), layer())
+    before = list(model)
+    with pytest.raises(KeyError), applied(model):
+        raise KeyError
+    assert list(model) == before
+    (tmp_path / "layer1.bin").touch()
+    with pytest.raises(BadInput, match=r"layer1\.bin is there already"), applied(model, path=tmp_path):
+        pass
+    assert list(model) == before
+
+
+def test_a_layer_at_two_places_reads_two_texts():
+    shared, x = layer(), text(40)
+    model = nn.Sequential(shared, nn.GELU(), shared)
+    with torch.no_grad(), applied(model, top_k=10) as readers:
+        assert [model[0], model[2]] == readers
+        got = read(model, x, 16, 24)
+    assert model[0] is model[2] is shared
+    torch.testing.assert_close(got, model(x), rtol=0, atol=1e-12)
+    block = nn.Sequential(layer())
+    with pytest.raises(BadInput, match=r"used at two places.*deepcopy"), applied(nn.Sequential(block, block)):
+        pass
+
+
+def test_a_reader_is_called_like_the_layer():
+    reader, x = Reader(layer(), top_k=2), text(8)
+    expected = reader(x)
+    reader.clear()
+    assert torch.equal(reader(x, None, mask=None, grid=(8,)), expected)
+    for wrong in ({"mask": torch.ones(2, 8, dtype=torch.bool)}, {"context_BMC": x}):
+        with pytest.raises(BadInput, match="neither a context nor a mask"):
+            reader(x, **wrong)
+    with pytest.raises(Unsupported, match="grid"):
+        reader(x, grid=(2, 4))
 
 
 def test_bad_inputs():
@@ -206,4 +307,9 @@ def test_bad_inputs():
     with pytest.raises(BadInput, match="on a device or in a file"):
         Reader(layer(), device="cpu", path="x")
     with pytest.raises(BadInput, match="holds no landmark layer"), applied(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(BadInput, match=r"is a landmark layer.*call Reader"), applied(layer()):
+        pass
+    model = nn.Sequential(layer())
+    with applied(model), pytest.raises(BadInput, match="leave the other `applied` first"), applied(model):
         pass

@@ -76,6 +76,48 @@ def test_padding_neither_stays_nor_counts():
     assert not got[:, :, ~real].any()
 
 
+@pytest.mark.parametrize(("dtype", "size", "tolerance"), [(torch.float16, 60, 1e-3), (torch.bfloat16, 3, 3e-3)])
+def test_half_precision_neither_overflows_nor_rounds_scores(dtype, size, tolerance):
+    q, k, v = (torch.randn(1, 2, 100, 64).to(dtype) for _ in "qkv")
+    q, k, settings = size * q, size * k, {"recent": 8, "heavy": 8}
+    got = attlas.attend(q, k, v, "h2o", causal=True, **settings)
+    exact = attlas.attend(q.double(), k.double(), v.double(), "h2o", causal=True, backend="oracle", **settings)
+    assert (got - exact).norm() < tolerance * exact.norm()
+
+
+def test_a_padded_query_evicts_nobody():
+    q, k, v = tensors(60)
+    asks, real = torch.rand(2, 2, 60) > 0.3
+    settings = {"causal": True, "recent": 1, "heavy": 2}
+    for mask in (attlas.Mask(queries=asks), attlas.Mask(keys=real, queries=asks)):
+        other = torch.randn_like(q).where(~asks[:, None, :, None], q)
+        got, same = (attlas.attend(x, k, v, "h2o", mask=mask, **settings) for x in (q, other))
+        oracle = attlas.attend(q, k, v, "h2o", mask=mask, backend="oracle", **settings)
+        torch.testing.assert_close(got, oracle, rtol=0, atol=1e-12)
+        assert torch.equal(got, same)
+        assert not got.masked_select(~asks[:, None, :, None]).any()
+
+
+def test_gradients_are_finite_whatever_padding_holds():
+    keep = torch.ones(2, 14, dtype=torch.bool)
+    keep[:, [0, 5, 6, 11]] = False
+    inputs = [x.masked_fill(~keep[:, None, :, None], torch.nan).requires_grad_() for x in tensors(14)]
+    gradients = []
+    for backend in ("auto", "oracle"):
+        o = attlas.attend(*inputs, "h2o", causal=True, mask=keep, backend=backend, recent=3, heavy=2)
+        gradients.append(torch.autograd.grad(o.square().sum(), inputs))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got[:, :, keep[0]], expected[:, :, keep[0]], rtol=0, atol=1e-12)
+        assert got.isfinite().all()
+
+
+def test_counts():
+    cost = attlas.make_attend("h2o", 2, 4, causal=True, recent=2, heavy=1).cost(3, 6)
+    assert cost.pairs == 3 * 2 * (1 + 2 + 3 + 4 + 4 + 4)
+    assert cost.flops == 4 * 4 * cost.pairs
+    assert cost.executed == 4 * 4 * 3 * 2 * 6 * 4
+
+
 def test_the_cache_never_grows():
     layer = attlas.mixer("h2o", 16, 2, causal=True, recent=3, heavy=3)
     x = torch.randn(1, 80, 16)

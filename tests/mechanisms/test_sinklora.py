@@ -79,6 +79,14 @@ def test_the_state_has_a_fixed_size():
     assert sizes[2:] == [(3 + 9) * (2 * 16 * 8 + 1)] * 4
 
 
+def test_the_state_holds_no_more_than_it_says():
+    layer = attlas.mixer("sinklora", 16, 2, causal=True, length=40, sinks=3)
+    with torch.no_grad():
+        _, state = layer.extend(torch.randn(1, 1000, 16), layer.initial_state(1))
+    held = sum(x.untyped_storage().nbytes() for x in (*state.attend.sinks, *state.attend.recent))
+    assert held == attlas.state_bytes(state)
+
+
 def test_bad_inputs():
     with pytest.raises(BadInput, match="group_ratio is the share"):
         attlas.mixer("sinklora", 16, 2, causal=True, group_ratio=0)
@@ -87,5 +95,5 @@ def test_bad_inputs():
     with pytest.raises(BadInput, match="build with length="):
         attlas.mixer("sinklora", 16, 2, causal=True).initial_state(1)
     q, k, v = tensors(8)
-    with pytest.raises(BadInput, match="8 queries for 7 keys"):
+    with pytest.raises(BadInput, match="8 queries and 7 keys"):
         attlas.make_attend("sinklora", 4, 4, causal=True)(q, k[:, :, 1:], v[:, :, 1:])

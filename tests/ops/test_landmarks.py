@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attlas.core.errors import BadInput
-from attlas.ops.landmarks import drop_landmarks, grouped_softmax, insert_landmarks
+from attlas.ops.landmarks import drop_landmarks, grouped_softmax, insert_landmarks, scaled_scores
 
 
 def literal(scores, every):
@@ -28,6 +28,25 @@ def test_weights_are_those_of_the_groups():
     torch.testing.assert_close(weights, torch.stack([literal(s, 4) for s in scores]), rtol=0, atol=1e-14)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 23, dtype=torch.float64), rtol=0, atol=1e-14)
     assert not weights[..., 4::5].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_scores_are_not_rounded(dtype):
+    scores = (3 * torch.randn(23, 23)).to(dtype)
+    weights = grouped_softmax(scores, 4)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.double(), literal(scores.double(), 4), rtol=0, atol=1e-6)
+    assert grouped_softmax(scores.double(), 4).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_neither_overflow_nor_round(dtype):
+    q, k = (60 * torch.randn(2, 9, 64, dtype=torch.float64)).to(dtype)
+    scores = scaled_scores(q, k)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), q.double() @ k.double().mT / 8, rtol=1e-5, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scaled_scores(q, k), scores)
 
 
 def test_the_landmark_decides_how_much_and_tokens_where():
@@ -72,7 +91,27 @@ def test_insertion_and_removal():
     assert insert_landmarks(tokens[:, :2], 3, 99).shape == (2, 2)
 
 
+def test_insertion_compiles():
+    tokens = torch.arange(14).view(2, 7)
+    compiled = torch.compile(insert_landmarks, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tokens, 3, 99), insert_landmarks(tokens, 3, 99))
+
+
 def test_bad_counts():
     for call in (lambda: insert_landmarks(torch.zeros(1, 4), 0, 1), lambda: grouped_softmax(torch.zeros(2, 2), 0)):
         with pytest.raises(BadInput, match="at least 1, got 0"):
             call()
+
+
+def test_bad_landmarks():
+    for tokens, mark in (
+        (torch.zeros(1, 4, 3), torch.zeros(2)),
+        (torch.zeros(1, 4, dtype=int), torch.zeros(1, dtype=int)),
+    ):
+        with pytest.raises(BadInput, match="a landmark is one more token"):
+            insert_landmarks(tokens, 2, mark)
+    with pytest.raises(BadInput, match="a landmark is one more token"):
+        insert_landmarks(torch.zeros(4), 2, 1)
+    for mark in (300, -1, 10**30, torch.tensor(256), torch.tensor(1.5)):
+        with pytest.raises(BadInput, match=r"torch.uint8 cannot hold the landmark"):
+            insert_landmarks(torch.zeros(1, 4, dtype=torch.uint8), 2, mark)

@@ -12,7 +12,8 @@ gradient; of equal m the oldest goes. m is not divided by the number of queries 
 
 Padding enters neither caches nor sums, as key or as query, and does not count as recent.
 
-Time O(N (recent + heavy) D), one step after the other; the state is the cache and m.
+Time O(N (recent + heavy) D), one step after the other; the state is the cache and m. Training keeps the cache of every
+step: memory, too, is O(N (recent + heavy) D).
 
 Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023
 (arXiv:2306.14048), official code FMInference/H2O.
@@ -27,7 +28,9 @@ from attlas.core.errors import BadInput
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.precision import wide
+from attlas.ops.causal_groups import every_token_asks
+from attlas.ops.precision import as_written, wide
+from attlas.ops.softmax import blank_padding
 
 SPEC = Spec(
     name="h2o",
@@ -80,9 +83,9 @@ class H2O(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """The decoding loop from an empty cache."""
-        _same(q_BHND, k_BGMD)
+        every_token_asks(q_BHND, k_BGMD)
         state = self._empty(k_BGMD, v_BGME.shape[3])
-        return self.advance(q_BHND, k_BGMD, v_BGME, state, call.mask.keys, None)[0]
+        return self._run(q_BHND, k_BGMD, v_BGME, state, call.mask.keys, call.mask.queries)[0]
 
     def _empty(self, like: Tensor, value_size: int) -> HeavyState:
         batch, heads, _, size = like.shape
@@ -100,18 +103,25 @@ class H2O(Attend):
         self, q: Tensor, k: Tensor, v: Tensor, state: HeavyState, keep: Tensor | None, tokens: Tensor | None
     ) -> tuple[Tensor, HeavyState]:
         """Token by token."""
-        real = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
+        return self._run(q, k, v, state, keep, keep)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, state: HeavyState, keys: Tensor | None, queries: Tensor | None
+    ) -> tuple[Tensor, HeavyState]:
+        everyone = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
+        real, asks = (everyone if keep is None else keep for keep in (keys, queries))
+        (q,) = blank_padding(asks, q)
         outputs = []
         for t in range(q.shape[2]):
-            o, state = self._step(q[:, :, t], k[:, :, t], v[:, :, t], state, real[:, t])
+            o, state = self._step(q[:, :, t], k[:, :, t], v[:, :, t], state, real[:, t], asks[:, t])
             outputs.append(o)
         return torch.stack(outputs, 2), state
 
     def _step(
-        self, q_BHD: Tensor, k_BHD: Tensor, v_BHE: Tensor, state: HeavyState, real_B: Tensor
+        self, q_BHD: Tensor, k_BHD: Tensor, v_BHE: Tensor, state: HeavyState, real_B: Tensor, asks_B: Tensor
     ) -> tuple[Tensor, HeavyState]:
-        """Take the token in, attend, evict."""
-        real_B11 = real_B[:, None, None]
+        """Take the token in if its key is real, attend if its query is, evict."""
+        real_B11, asks_B11 = real_B[:, None, None], asks_B[:, None, None]
         slot_S = torch.arange(state.token.shape[2], device=q_BHD.device)
         free_BH1 = (state.token < 0).int().argmax(-1, keepdim=True)
         new_BHS = (slot_S == free_BH1) & real_B11
@@ -119,9 +129,11 @@ class H2O(Attend):
         k_BHSD = k_BHD.unsqueeze(2).where(new_BHS.unsqueeze(3), state.k)
         v_BHSE = v_BHE.unsqueeze(2).where(new_BHS.unsqueeze(3), state.v)
         token_BHS = newest_B11.where(new_BHS, state.token)
-        seen_BHS = (token_BHS >= 0) & real_B11
-        scores_BHS = wide((k_BHSD @ q_BHD.unsqueeze(3)).squeeze(3)) * q_BHD.shape[2] ** -0.5
-        weights_BHS = scores_BHS.masked_fill(~seen_BHS & real_B11, -torch.inf).softmax(-1).where(seen_BHS, 0)
+        seen_BHS = (token_BHS >= 0) & asks_B11
+        with as_written(q_BHD):  # half precision would overflow, and round what decides who goes
+            scores_BHS = (wide(k_BHSD) @ (wide(q_BHD) * q_BHD.shape[2] ** -0.5).unsqueeze(3)).squeeze(3)
+        seeing = seen_BHS.any(-1, keepdim=True)
+        weights_BHS = scores_BHS.masked_fill(~seen_BHS & seeing, -torch.inf).softmax(-1).where(seen_BHS, 0)
         o_BHE = (weights_BHS.to(v_BHSE.dtype).unsqueeze(2) @ v_BHSE).squeeze(2)
         mass_BHS = state.mass.masked_fill(new_BHS, 0) + weights_BHS.detach()
         token_BHS = token_BHS.masked_fill(self._evicted(mass_BHS, token_BHS, newest_B11), -1)
@@ -138,22 +150,23 @@ class H2O(Attend):
 
     def oracle(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """The set S of each sequence and head, written out."""
-        _same(q_BHND, k_BGMD)
+        every_token_asks(q_BHND, k_BGMD)
         batch, heads, tokens, size = q_BHND.shape
         o_BHNE = torch.zeros_like(v_BGME)
-        real = torch.ones(batch, tokens, dtype=torch.bool) if call.mask.keys is None else call.mask.keys
+        everyone = torch.ones(batch, tokens, dtype=torch.bool)
+        real, asks = (everyone if keep is None else keep for keep in (call.mask.keys, call.mask.queries))
         for b in range(batch):
             for h in range(heads):
                 cached: list[int] = []
                 mass = [0.0] * tokens
                 for t in range(tokens):
-                    if not real[b, t]:
-                        continue
-                    cached.append(t)
-                    weights = (k_BGMD[b, h, cached] @ q_BHND[b, h, t] / size**0.5).softmax(0)
-                    o_BHNE[b, h, t] = weights @ v_BGME[b, h, cached]
-                    for j, weight in zip(cached, weights.tolist(), strict=True):
-                        mass[j] += weight
+                    if real[b, t]:
+                        cached.append(t)
+                    if asks[b, t] and cached:
+                        weights = (k_BGMD[b, h, cached] @ q_BHND[b, h, t] / size**0.5).softmax(0)
+                        o_BHNE[b, h, t] = weights @ v_BGME[b, h, cached]
+                        for j, weight in zip(cached, weights.tolist(), strict=True):
+                            mass[j] += weight
                     if len(cached) > self.recent + self.heavy:
                         cached.remove(min(cached[: len(cached) - self.recent], key=lambda j: (mass[j], j)))
         return o_BHNE
@@ -163,11 +176,3 @@ class H2O(Attend):
         heads, size, slots = sizes.batch * self.site.heads, self.site.head_dim, self.recent + self.heavy + 1
         pairs = sum(min(t + 1, slots) for t in range(sizes.queries))
         return Cost(4 * heads * pairs * size, 4 * heads * sizes.queries * slots * size, heads * pairs)
-
-
-def _same(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] != k.shape[2]:
-        raise BadInput(
-            f"attention that a key received decides whether it stays, so every token is a query, got {q.shape[2]} "
-            f"queries for {k.shape[2]} keys"
-        )

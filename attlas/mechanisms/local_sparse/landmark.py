@@ -33,8 +33,9 @@ from attlas.core.errors import BadInput, share
 from attlas.core.mechanism import CachedAttend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.landmarks import grouped_softmax
+from attlas.ops.landmarks import grouped_softmax, scaled_scores
 from attlas.ops.pairs import weighted_values
+from attlas.ops.recurrent import keys_ahead
 from attlas.ops.softmax import blank_padding, repeat_heads
 
 SPEC = Spec(
@@ -82,11 +83,10 @@ class Landmark(CachedAttend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """One softmax, in which landmarks shift the scores of their blocks."""
-        queries, keys = q_BHND.shape[2], k_BGMD.shape[2]
-        _fewer(queries, keys)
+        keys_ahead(q_BHND.shape[2], k_BGMD.shape[2])
         keep_BM = call.mask.keys
         (k_BGMD,) = blank_padding(keep_BM, k_BGMD)
-        scores_BHNM = q_BHND @ repeat_heads(k_BGMD, q_BHND.shape[1]).mT * q_BHND.shape[3] ** -0.5
+        scores_BHNM = scaled_scores(q_BHND, repeat_heads(k_BGMD, q_BHND.shape[1]))
         weights_BHNM = grouped_softmax(scores_BHNM, self.mem_freq, None if keep_BM is None else keep_BM[:, None])
         if self.training and self.group_dropout:
             weights_BHNM = weights_BHNM * self._surviving(weights_BHNM)
@@ -104,13 +104,13 @@ class Landmark(CachedAttend):
         """Query by query: the group of the query's own block, then one group for each block before."""
         batch, heads, queries, size = q_BHND.shape
         keys, period = k_BGMD.shape[2], self.mem_freq + 1
-        _fewer(queries, keys)
+        first = keys_ahead(queries, keys)
         real = torch.ones(batch, keys, dtype=torch.bool) if call.mask.keys is None else call.mask.keys
         k_BHMD, v_BHME = (repeat_heads(x, heads) for x in (k_BGMD, v_BGME))
         o_BHNE = v_BGME.new_zeros(batch, heads, queries, v_BGME.shape[3])
         for b in range(batch):
             for n in range(queries):
-                i = n + keys - queries
+                i = n + first
                 current = i // period
                 own = [j for j in range(current * period, i + 1) if j % period < self.mem_freq and real[b, j]]
                 blocks = []
@@ -128,7 +128,8 @@ class Landmark(CachedAttend):
 
                     w = scores(own + [mark for mark, _ in blocks]).softmax(0)
                     o = w[: len(own)] @ v_BHME[b, h, own]
-                    for share_of_block, (_, tokens) in zip(w[len(own) :], blocks, strict=True):
+                    left = F.dropout(w[len(own) :], self.group_dropout, self.training)
+                    for share_of_block, (_, tokens) in zip(left, blocks, strict=True):
                         o = o + share_of_block * (scores(tokens).softmax(0) @ v_BHME[b, h, tokens])
                     o_BHNE[b, h, n] = o
         return o_BHNE
@@ -144,8 +145,3 @@ class Landmark(CachedAttend):
             marks += block
         flops = 2 * heads * size * (2 * tokens + marks)
         return Cost(flops, 4 * heads * sizes.queries * sizes.keys * size, heads * tokens)
-
-
-def _fewer(queries: int, keys: int) -> None:
-    if queries > keys:
-        raise BadInput(f"queries are the last of the keys' places, got {queries} queries for {keys} keys")

@@ -8,9 +8,10 @@ where g is odd its half is rounded down. With two groupings that overlap, inform
 for fine-tuning on long sequences, cheaply, of a model that attends in full afterwards; positions stay the original
 ones.
 
-It is not causal, although every head is masked as if it were: in the turned heads the last group holds the end
-of the sequence, then its beginning, so that the first g/2 tokens see the last g/2. Hence it serves no causal
-pattern here. `sinklora` is the same with that seam cut.
+It is not causal, although every head is masked as if it were: in the turned heads the end of the sequence stands
+before its beginning, in one group. With h = g/2 rounded down and r places in the last group, r = g where groups divide
+N, the first h tokens see the last r - h if r > h; otherwise the first h - r tokens see the last g + r - h. Hence it
+serves no causal pattern here. `sinklora` is the same with that seam cut.
 
 Padding has no weight; it moves no border. (The official code takes only lengths that groups divide.)
 
@@ -23,12 +24,11 @@ official code dvlab-research/LongLoRA, of which Dexter-GT-86/SinkLoRA holds a co
 import torch
 from torch import Tensor
 
-from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.causal_groups import Keys, causal_groups, causal_groups_cost, group_size
+from attlas.ops.causal_groups import Keys, causal_groups, causal_groups_cost, every_token_asks, group_size
 from attlas.ops.softmax import softmax_attention
 
 SPEC = Spec(
@@ -65,7 +65,7 @@ class ShiftedSparse(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Turn half of the heads, attend in groups, turn back."""
-        _same(q_BHND, k_BGMD)
+        every_token_asks(q_BHND, k_BGMD)
         group = group_size(k_BGMD.shape[2], self.group_ratio)
         keep = call.mask.keys
         keep = k_BGMD.new_ones(k_BGMD.shape[0], k_BGMD.shape[2], dtype=torch.bool) if keep is None else keep
@@ -80,7 +80,7 @@ class ShiftedSparse(Attend):
 
     def oracle(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Dense attention under a mask for each half of the heads."""
-        _same(q_BHND, k_BGMD)
+        every_token_asks(q_BHND, k_BGMD)
         heads, tokens = q_BHND.shape[1:3]
         group = group_size(tokens, self.group_ratio)
         seen_HNN = q_BHND.new_zeros(heads, tokens, tokens, dtype=torch.bool)
@@ -99,8 +99,3 @@ class ShiftedSparse(Attend):
         group = group_size(sizes.keys, self.group_ratio)
         pairs, multiplied = causal_groups_cost(sizes.queries, sizes.keys, group, 0, 0)
         return Cost(4 * heads * pairs * size, 4 * heads * multiplied * size, heads * pairs)
-
-
-def _same(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] != k.shape[2]:
-        raise BadInput(f"every token is a query, got {q.shape[2]} queries for {k.shape[2]} keys")

@@ -32,6 +32,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.causal_groups import Keys, causal_groups, causal_groups_cost, group_size
+from attlas.ops.recurrent import keys_ahead
 from attlas.ops.softmax import softmax_attention
 
 SPEC = Spec(
@@ -81,7 +82,7 @@ class SinkLoRA(Attend):
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Attend in the groups of each half of the heads."""
-        _fewer(q_BHND, k_BGMD)
+        keys_ahead(q_BHND.shape[2], k_BGMD.shape[2])
         keep = call.mask.keys
         keep = k_BGMD.new_ones(k_BGMD.shape[0], k_BGMD.shape[2], dtype=torch.bool) if keep is None else keep
         keys = Keys(k_BGMD, v_BGME, keep)
@@ -103,14 +104,14 @@ class SinkLoRA(Attend):
 
     def oracle(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
         """Dense attention under the mask."""
-        _fewer(q_BHND, k_BGMD)
         heads, queries, keys = *q_BHND.shape[1:3], k_BGMD.shape[2]
+        first = keys_ahead(queries, keys)
         group = self._group(keys)
         seen_HNM = q_BHND.new_zeros(heads, queries, keys, dtype=torch.bool)
         for h in range(heads):
             shift = group // 2 if h >= heads // 2 else 0
             for n in range(queries):
-                i = n + keys - queries
+                i = n + first
                 for j in range(i + 1):
                     seen_HNM[h, n, j] = j < self.sinks or (j + shift) // group == (i + shift) // group
         mask = Mask.pairs_(seen_HNM.unsqueeze(0)).with_(keys=call.mask.keys)
@@ -145,9 +146,6 @@ class SinkLoRA(Attend):
         held = keys.k.shape[2]
         stop = state.position + k.shape[2]
         o = self._attend(q, keys, sinks, stop - held, group)
-        return o, SinkState(sinks, keys.part(max(held - group + 1, 0), held), stop)
-
-
-def _fewer(q: Tensor, k: Tensor) -> None:
-    if q.shape[2] > k.shape[2]:
-        raise BadInput(f"queries are the last of the keys' places, got {q.shape[2]} queries for {k.shape[2]} keys")
+        # A view would keep the whole segment alive.
+        recent = Keys(*(x.clone() for x in keys.part(max(held - group + 1, 0), held)))
+        return o, SinkState(sinks, recent, stop)
