@@ -3,7 +3,7 @@
 Neighbourhoods of a plane and of a video, a sliding window, chosen blocks, and blocks that VMoBA and BiFormer choose
 from what the tokens say (their choosing included), each against dense SDPA on the same tokens. The plane also against
 NATTEN where it is installed, the sliding window also against FlexAttention, compiled. Then time against visible pairs
-over densities and windows, and the memory that a forward takes beyond its inputs.
+over densities and windows, the memory that a forward takes beyond its inputs, and what retrieval by landmarks reads.
 
 Everything is measured in one run and in rounds: a round times every contestant once, within seconds, and a ratio is
 the median of the rounds' ratios, so that a machine that others use too slows both sides alike. Nothing is reported
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attlas
+from attlas.adapt.retrieval import Reader
 from attlas.bench import machine
 from attlas.bench.rounds import Times, in_rounds, quartiles
 from attlas.core.axis import Axis
@@ -195,6 +196,24 @@ def growth(kind: str, tokens: int) -> float:
     return (memory("VmHWM") - before) / (8 * tokens * 64 * 4)
 
 
+def retrieval(tokens: int = 32768) -> tuple[float, float]:
+    """Share of its store that a landmark layer reads for one token: as counted, and what the blocks weigh."""
+    layer = attlas.mixer("landmark", 256, heads=4, causal=True, mem_freq=63).eval()
+    reader = Reader(layer, top_k=4, blocks=tokens // 64)
+    x = torch.randn(1, tokens + 1, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in x[:, :-1].split(1024, 1):
+            reader(part)
+        before = reader.bytes_read
+        reader(x[:, -1:])
+    assert reader.store is not None
+    assert reader.chosen is not None
+    blocks = len(reader.chosen.flatten())
+    return (reader.bytes_read - before) / reader.store.nbytes, blocks * reader.store[
+        0, 0, 0
+    ].nbytes / reader.store.nbytes
+
+
 def main() -> None:
     """Measure, print the ratios, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,6 +303,8 @@ def main() -> None:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
                 over_output[kind][tokens] = fresh.apply(growth, (kind, tokens))
             print(f"  memory of a forward over its output, {kind}, {tokens} tokens: {over_output[kind][tokens]:.2f}")
+    read, chosen_bytes = retrieval()
+    print(f"  landmark: share of the store read for one token: {read:.5f}; of the blocks chosen: {chosen_bytes:.5f}")
     version = torch.__version__.split("+")[0]
     result = {
         "command": "python " + " ".join(sys.argv),
@@ -291,6 +312,7 @@ def main() -> None:
         "ratios, quartiles": found,
         "R² of time over pairs, and seconds per million pairs": sweeps,
         "memory over output": over_output,
+        "landmark, share of the store read for one token, and of the blocks chosen": [read, chosen_bytes],
         "seconds": {what: {name: quartiles(s) for name, s in times.items()} for what, times in seconds.items()},
     }
     path = Path(__file__).parent / "results" / f"local-threads{arguments.threads}-torch{version}.json"

@@ -38,13 +38,21 @@ MERGED, TAPS, LOCAL = 4, 7, 3
 """Positions of an axis that one handed token stands for, taps that make it, taps of the local convolution."""
 
 
-def merged_tokens(grid: Sequence[int]) -> int:
+def _picture(grid: Grid | Sequence[int]) -> Grid:
+    """The grid, whose tokens are merged and convolved."""
+    grid = grid if isinstance(grid, Grid) else Grid(tuple(grid))
+    if grid.rank != 2 or grid.prefix:
+        raise BadInput(f"tokens are merged on a picture: grid is (height, width) without prefix tokens, got a {grid}")
+    return grid
+
+
+def merged_tokens(grid: Grid | Sequence[int]) -> int:
     """How many tokens a block hands on.
 
     >>> merged_tokens((14, 14))
     16
     """
-    height, width = grid
+    height, width = _picture(grid).shape
     return -(-height // MERGED) * -(-width // MERGED)
 
 
@@ -66,7 +74,7 @@ class FcaBlock(nn.Module):
         self,
         dim: int,
         heads: int,
-        grid: Sequence[int],
+        grid: Grid | Sequence[int],
         *,
         handed: int = 0,
         hands_on: bool = True,
@@ -75,18 +83,16 @@ class FcaBlock(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if len(grid) != 2:
-            raise BadInput(f"tokens are merged on a picture: grid is (height, width), got {tuple(grid)}")
-        if ratio <= 0:
-            raise BadInput(f"ratio says how many times wider the MLP is and is positive, got {ratio}")
-        self.grid = Grid(tuple(grid))
+        hidden = int(ratio * dim)
+        if hidden < 1:
+            raise BadInput(f"ratio says how many times wider the MLP is, at least {1 / dim:.3g} here, got {ratio}")
+        self.grid = _picture(grid)
         self.norm = nn.LayerNorm(dim)
         self.mix = mixer("fcaformer", dim, heads, grid=self.grid, handed=handed, backend=backend)
         self.scale, self.mlp_scale = LayerScale(dim, start), LayerScale(dim, start)
         self.merge = nn.Conv2d(dim, dim, TAPS, MERGED, TAPS // 2, groups=dim, bias=False) if hands_on else None
         self.local = nn.Conv2d(dim, dim, LOCAL, padding=LOCAL // 2, groups=dim, bias=False)
         self.local_norm = TokenBatchNorm(dim)
-        hidden = int(ratio * dim)
         self.mlp = nn.Sequential(
             nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
         )
@@ -107,8 +113,10 @@ class FcaBlock(nn.Module):
             keep, handed_keep: which of both are real, (B, N) and (B, M); see `merged_keep`.
 
         Raises:
-            BadInput: shapes that do not fit.
+            BadInput: shapes that do not fit, or handed_keep without handed tokens.
         """
+        if handed_keep is not None and handed_BMC is None:
+            raise BadInput("handed_keep marks handed tokens, and there are none: pass them, too")
         keep = check_keep(keep, *x_BNC.shape[:2])
         if keep is not None:
             x_BNC = x_BNC.where(keep.unsqueeze(-1), 0)
@@ -121,9 +129,9 @@ class FcaBlock(nn.Module):
         return x + self.mlp_scale(self.mlp(x)), handed
 
 
-def merged_keep(keep_BN: Tensor, grid: Sequence[int]) -> Tensor:
+def merged_keep(keep_BN: Tensor, grid: Grid | Sequence[int]) -> Tensor:
     """Which of the tokens that a block hands on are real, (B, M): those that have a real one within reach."""
-    real = Grid(tuple(grid)).unflatten(keep_BN.unsqueeze(1).float(), -1)
+    real = _picture(grid).unflatten(keep_BN.unsqueeze(1).float(), -1)
     return F.max_pool2d(real, TAPS, MERGED, TAPS // 2).flatten(1) > 0
 
 
@@ -140,12 +148,12 @@ class FcaStage(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, grid: Sequence[int], depth: int, *, latest: int = 12, **settings: Any
+        self, dim: int, heads: int, grid: Grid | Sequence[int], depth: int, *, latest: int = 12, **settings: Any
     ) -> None:
         super().__init__()
         if min(depth, latest) < 1:
             raise BadInput(f"depth and latest count blocks, at least 1, got {depth} and {latest}")
-        self.shape, self.latest = tuple(grid), latest
+        self.grid, self.latest = _picture(grid), latest
         self.blocks = nn.ModuleList(
             FcaBlock(
                 dim,
@@ -160,7 +168,7 @@ class FcaStage(nn.Module):
 
     def forward(self, x_BNC: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """The tokens after the last block; `keep` (B, N) marks the real ones."""
-        real = None if keep is None else merged_keep(keep, self.shape)
+        real = None if keep is None else merged_keep(keep, self.grid)
         handed: list[Tensor] = []
         for block in self.blocks:
             latest = handed[-self.latest :]

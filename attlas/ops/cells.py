@@ -26,10 +26,11 @@ def cell_shape(grid: Grid, side: int) -> tuple[int, ...]:
     Raises:
         BadInput: prefix tokens, which lie in no cell, or a cell that is larger than the grid.
     """
-    if grid.prefix or side > min(grid.shape):
+    if grid.prefix:
+        raise BadInput(f"prefix tokens lie in no cell, got a {grid}: take them off and pass grid={grid.shape}")
+    if side > min(grid.shape):
         raise BadInput(
-            f"cells of {side} places on each axis, without prefix tokens, do not cut a {grid}: take a reduction of at "
-            f"most {min(grid.shape)}"
+            f"cells of {side} places on each axis do not cut a {grid}: take a reduction of at most {min(grid.shape)}"
         )
     return tuple(-(-length // side) for length in grid.shape)
 

@@ -1,6 +1,7 @@
 """Depthwise convolution of tokens that lie on a grid: y_u = Σ_t w_t ⊙ x_{u + t - K // 2} + b.
 
-B batch, H heads, N tokens, C channels, E value size, S... axes of the grid, K taps on each axis.
+B batch, H heads, N tokens, P of them with a position, C channels, E value size, S... axes of the grid, K taps on each
+axis.
 """
 
 from __future__ import annotations
@@ -66,6 +67,15 @@ def convolve_values(
     return y_BNC.unflatten(-1, (heads, size)).transpose(1, 2)
 
 
+def positions(x_BNC: Tensor, grid: Grid, keep_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens that have a position, 0 where there is padding, and which of them (B or 1, P, 1) are real."""
+    x_BPC = grid.split(x_BNC)[1]
+    if keep_BN is None:
+        return x_BPC, x_BPC.new_ones(1, x_BPC.shape[1], 1, dtype=torch.bool)
+    real_BP1 = keep_BN[:, grid.prefix :].unsqueeze(-1)
+    return x_BPC.where(real_BP1, 0), real_BP1
+
+
 def convolution_flops(grid: Grid, kernel: int) -> tuple[int, int]:
     """FLOPs of one channel of one sequence: taps that fall on the grid, and all that torch multiplies."""
     reach, on_grid, multiplied = kernel // 2, 1, 1
@@ -94,32 +104,32 @@ def _oracle(
         BadInput: a grid of other axes than the weights.
     """
     _check(weight_C1K, grid)
-    positions, real = _positions(x_BNC, grid, keep_BN)
+    x_BPC, real_BP1 = positions(x_BNC, grid, keep_BN)
     sizes = weight_C1K.shape[2:]
     border = [reach for size in reversed(sizes) for reach in (size // 2, size // 2)]
-    padded_BSC = F.pad(grid.unflatten(positions), (0, 0, *border))
-    y_BSC = torch.zeros_like(grid.unflatten(positions))
+    padded_BSC = F.pad(grid.unflatten(x_BPC), (0, 0, *border))
+    y_BSC = torch.zeros_like(grid.unflatten(x_BPC))
     for tap, weight_C in zip(itertools.product(*map(range, sizes)), weight_C1K.flatten(1).unbind(1), strict=True):
         place = tuple(slice(t, t + length) for t, length in zip(tap, grid.shape, strict=True))
         y_BSC = y_BSC + padded_BSC[(slice(None), *place)] * weight_C
     if bias_C is not None:
         y_BSC = y_BSC + bias_C
-    return _tokens(y_BSC.flatten(1, -2), grid, real)
+    return _tokens(y_BSC.flatten(1, -2), grid, None if keep_BN is None else real_BP1)
 
 
 def _torch(
     x_BNC: Tensor, weight_C1K: Tensor, bias_C: Tensor | None, grid: Grid, keep_BN: Tensor | None = None
 ) -> Tensor:
     _check(weight_C1K, grid)
-    positions, real = _positions(x_BNC, grid, keep_BN)
-    x_BCS = grid.unflatten(positions.transpose(1, 2), -1)
+    x_BPC, real_BP1 = positions(x_BNC, grid, keep_BN)
+    x_BCS = grid.unflatten(x_BPC.transpose(1, 2), -1)
     if grid.rank == 3:
         # oneDNN's weight gradient of a channels-last depthwise bfloat16 Conv3d of depth 2 is wrong.
         x_BCS = x_BCS.contiguous()
     conv = (F.conv1d, F.conv2d, F.conv3d)[grid.rank - 1]
     reach = [size // 2 for size in weight_C1K.shape[2:]]
     y_BCS = conv(x_BCS, weight_C1K, bias_C, padding=reach, groups=x_BNC.shape[2])
-    return _tokens(y_BCS.flatten(2).transpose(1, 2), grid, real)
+    return _tokens(y_BCS.flatten(2).transpose(1, 2), grid, None if keep_BN is None else real_BP1)
 
 
 def _check(weight_C1K: Tensor, grid: Grid) -> None:
@@ -128,15 +138,6 @@ def _check(weight_C1K: Tensor, grid: Grid) -> None:
             f"the convolution was built for {weight_C1K.ndim - 2} axes and called on a {grid}: axes must be as "
             "many, only lengths may differ"
         )
-
-
-def _positions(x_BNC: Tensor, grid: Grid, keep_BN: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The tokens on the grid with zeros for padding, and which of them (B, positions, 1) are real."""
-    positions = grid.split(x_BNC)[1]
-    if keep_BN is None:
-        return positions, None
-    real = keep_BN[:, grid.prefix :].unsqueeze(-1)
-    return positions.where(real, 0), real
 
 
 def _tokens(y: Tensor, grid: Grid, real: Tensor | None) -> Tensor:

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -52,14 +54,18 @@ class Tree:
         """A tree written as nested sequences of leaf numbers, as in [[[0, 1], [2, 3, 4]], [[5, 6], 7]].
 
         Raises:
-            BadInput: an empty branch, or leaves that are not 0 to N - 1, each once.
+            BadInput: an empty branch, a leaf that is no whole number, leaves that are not 0 to N - 1, each once, or a
+                tree that is deeper than Python recurses.
         """
-        found = sorted(_leaves(branches))
-        if found != list(range(len(found))) or not found:
-            raise BadInput(f"the leaves of a tree are the numbers from 0 on, each once, got {found}")
-        heights = [0] * len(found)
         children: dict[int, list[int]] = {}
-        root = _file(branches, heights, children)
+        try:
+            found = sorted(_leaves(branches))
+            if found != list(range(len(found))) or not found:
+                raise BadInput(f"the leaves of a tree are the numbers from 0 on, each once, got {found}")
+            heights = [0] * len(found)
+            root = _file(branches, heights, children)
+        except RecursionError:
+            raise BadInput("a tree is at most some hundred levels deep, got a deeper one: join levels") from None
         nodes, levels = list(range(len(found))), []
         for height in range(1, heights[root] + 1):
             place = {node: index for index, node in enumerate(nodes)}
@@ -124,9 +130,20 @@ class Tree:
         return Tree(self.leaves, tuple(tuple(table.to(device) for table in level) for level in self.levels))
 
 
+def _is_branch(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _whole(value: Any, what: str) -> int:
+    if not isinstance(value, Tensor):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise BadInput(f"{what}, written in ints, got {value!r}")
+
+
 def _leaves(branch: Any) -> Iterator[int]:
-    if not isinstance(branch, Sequence):
-        yield int(branch)
+    if not _is_branch(branch):
+        yield _whole(branch, "a tree is nested sequences of leaf numbers")
         return
     if not len(branch):
         raise BadInput("every branch of a tree holds a leaf, got an empty one")
@@ -136,8 +153,8 @@ def _leaves(branch: Any) -> Iterator[int]:
 
 def _file(branch: Any, heights: list[int], children: dict[int, list[int]]) -> int:
     """The number of a node, its height and children written down."""
-    if not isinstance(branch, Sequence):
-        return int(branch)
+    if not _is_branch(branch):
+        return operator.index(branch)
     own = [_file(each, heights, children) for each in branch]
     heights.append(1 + max(heights[each] for each in own))
     children[len(heights) - 1] = own
@@ -146,14 +163,19 @@ def _file(branch: Any, heights: list[int], children: dict[int, list[int]]) -> in
 
 def _block_sizes(shape: Sequence[int], sizes: int | Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
     """Length of a block on each axis, level by level."""
-    if isinstance(sizes, int):
+    what = "blocks are one length for all levels, or those of each level"
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        sizes = _whole(sizes, what)
         if sizes < 2:
             raise BadInput(f"blocks that are repeated up to the root are at least 2 long, got {sizes}")
         levels = 1
         while sizes**levels < max(shape):
             levels += 1
         return [(sizes,) * len(shape)] * levels
-    each = [(size,) * len(shape) if isinstance(size, int) else tuple(size) for size in sizes]
+    each = [
+        tuple(_whole(length, what) for length in size) if _is_branch(size) else (_whole(size, what),) * len(shape)
+        for size in sizes
+    ]
     for size in each:
         if len(size) != len(shape):
             raise BadInput(f"a block of {size} is for {len(size)} axes, the grid has {len(shape)}")

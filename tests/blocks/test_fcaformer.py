@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attlas.blocks.fcaformer import FcaBlock, FcaStage, merged_keep, merged_tokens
 from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
 
 
 def randomise(module):
@@ -47,6 +49,34 @@ def test_blocks_see_what_the_latest_handed_on_and_the_last_hands_on_nothing():
         assert torch.equal(calls[index][0], handed)
     assert calls[0][1].shape == (2, 6, 16)
     assert calls[4][1] is None
+
+
+def test_a_block_is_what_its_formula_says():
+    block = randomise(FcaBlock(16, 2, (4, 6), handed=3))
+    x, s = tokens(24), tokens(3)
+    picture = (2, 16, 4, 6)
+
+    def norm(t, layer):
+        return F.layer_norm(t, (16,), layer.weight, layer.bias)
+
+    y = x + block.scale.weight * block.mix(norm(x, block.norm), s, grid=(4, 6))
+    merged = F.conv2d(y.mT.reshape(picture), block.merge.weight, stride=4, padding=3, groups=16)
+    y = F.conv2d(y.mT.reshape(picture), block.local.weight, padding=1, groups=16)
+    bn = block.local_norm
+    y = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias).flatten(2).mT
+    first, second, grow, _, shrink = block.mlp
+    y = y + block.mlp_scale.weight * shrink(F.gelu(grow(norm(norm(y, first), second))))
+    got, handed = block(x, s)
+    torch.testing.assert_close(got, y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(handed, merged.flatten(2).mT, rtol=0, atol=1e-12)
+
+
+def test_a_grid_may_be_a_grid():
+    assert merged_tokens(Grid((5, 9))) == 6
+    stage = FcaStage(16, 2, Grid((5, 9)), 2).double()
+    assert stage(tokens(45), keep=torch.ones(2, 45, dtype=torch.bool)).shape == (2, 45, 16)
+    with pytest.raises(BadInput, match="without prefix tokens, got a grid 4x4 after 1"):
+        FcaBlock(16, 2, Grid((4, 4), prefix=1))
 
 
 def test_later_blocks_depend_on_what_was_handed_on():
@@ -100,8 +130,11 @@ def test_padding_below_and_to_the_right_is_a_smaller_grid(train):
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(BadInput, match=r"grid is .height, width."):
         FcaBlock(16, 2, (16,))
-    with pytest.raises(BadInput, match="ratio says how many times wider"):
-        FcaBlock(16, 2, (4, 4), ratio=0)
+    for ratio in (0, 0.05):
+        with pytest.raises(BadInput, match=r"ratio says how many times wider the MLP is, at least 0\.0625"):
+            FcaBlock(16, 2, (4, 4), ratio=ratio)
+    with pytest.raises(BadInput, match="handed_keep marks handed tokens, and there are none"):
+        FcaBlock(16, 2, (4, 4))(torch.randn(1, 16, 16), handed_keep=torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(BadInput, match="depth and latest count blocks, at least 1, got 0 and 12"):
         FcaStage(16, 2, (4, 4), 0)
     with pytest.raises(BadInput, match="keep marks the real tokens"):

@@ -43,7 +43,14 @@ def long(group, intervals, a, b):
 
 @pytest.mark.parametrize(
     ("grid", "group", "interval", "intervals"),
-    [((8, 8), 4, 2, (2, 2)), ((9, 7), 2, 3, (3, 3)), ((9, 7), 4, None, (3, 2)), ((7, 5), 3, 2, (2, 2))],
+    [
+        ((8, 8), 4, 2, (2, 2)),
+        ((9, 7), 2, 3, (3, 3)),
+        ((9, 7), 4, None, (3, 2)),
+        ((7, 5), 3, 2, (2, 2)),
+        ((9, 6), 4, 5, (5, 5)),
+        ((7, 5), 2, 9, (9, 9)),
+    ],
 )
 def test_groups_are_windows_and_every_so_manyth_token(grid, group, interval, intervals):
     places = list(itertools.product(*map(range, grid)))
@@ -67,6 +74,16 @@ def test_output_is_dense_attention_under_mask_and_bias(layer, grid):
     mask = attlas.Mask.pairs_(seen) & attlas.Mask.biased(bias)
     q, k, v = qkv(len(places))
     torch.testing.assert_close(attend(q, k, v, grid=grid), attlas.attend(q, k, v, mask=mask), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("interval", [None, 2, 5, 8, 100])
+def test_groups_that_reach_over_the_border_cost_little(interval):
+    attend = build(1, group=7, interval=interval)
+    cost = attend.cost(1, 14 * 14, grid=(14, 14))
+    assert cost.flops <= cost.executed < 2 * cost.flops
+    q, k, v = qkv(14 * 14)
+    oracle = build(1, group=7, interval=interval, backend="oracle")
+    torch.testing.assert_close(attend(q, k, v, grid=(14, 14)), oracle(q, k, v, grid=(14, 14)), rtol=0, atol=1e-12)
 
 
 def test_a_short_and_a_long_layer_connect_everything():
@@ -99,7 +116,7 @@ def test_a_group_as_large_as_the_grid_is_a_window_in_both_kinds_of_layer():
 def test_one_bias_serves_groups_of_any_size():
     """Offsets that two sizes share have the same bias: the smaller table is the middle of the larger."""
     attend = build()
-    small, large = attend._table(3), attend._table(6)
+    small, large = attend._table((3, 3)), attend._table((6, 6))
     assert large.shape == (2, 11, 11)
     torch.testing.assert_close(large[:, 3:-3, 3:-3], small, rtol=0, atol=1e-12)
 
@@ -108,7 +125,7 @@ def test_the_bias_depends_on_query_minus_key():
     attend = build(group=2)
     for row, column in itertools.product((-1, 0, 1), repeat=2):  # entries stand at key - query
         expected = attend.position_bias(torch.tensor([float(-row), float(-column)], dtype=torch.float64))
-        torch.testing.assert_close(attend._table(2)[:, row + 1, column + 1], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(attend._table((2, 2))[:, row + 1, column + 1], expected, rtol=0, atol=1e-12)
 
 
 def linear(inputs, outputs):

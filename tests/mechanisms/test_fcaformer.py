@@ -79,6 +79,20 @@ def test_padding_among_handed_tokens_is_a_token_less():
     torch.testing.assert_close(layer(x, s, mask=keep), fewer(x, s[:, :3]), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "oracle"])
+def test_a_token_that_only_asks_is_no_key(backend):
+    layer, x = build(backend=backend), tokens()
+    keys = torch.ones(2, 12, dtype=torch.bool)
+    keys[:, 5] = False
+    mask = attlas.Mask(keys=keys, queries=torch.ones_like(keys))
+    changed = x.clone()
+    changed[:, 5] += 1
+    first, second = layer(x, mask=mask), layer(changed, mask=mask)
+    assert torch.equal(first[keys], second[keys])
+    assert (first[:, 5] - second[:, 5]).abs().max() > 1e-3  # it asks as what it is
+    torch.testing.assert_close(first[keys], layer(x, mask=keys)[keys], rtol=0, atol=1e-12)
+
+
 def test_a_smaller_grid_reads_a_part_of_the_biases():
     layer = build()
     x = torch.randn(2, 2, 3, 16, dtype=torch.float64)
@@ -100,6 +114,8 @@ def test_what_has_no_meaning_is_refused():
         build(handed=5)(tokens(), tokens(4))
     with pytest.raises(BadInput, match="built for 5 tokens of earlier layers and called with 0"):
         build(handed=5)(tokens())
+    with pytest.raises(BadInput, match="distances on 2 axes, got a grid 12"):
+        build()(tokens(), grid=(12,))
     with pytest.raises(BadInput, match="got a larger grid 4x3"):
         build()(tokens(), grid=(4, 3))
     with pytest.raises(BadInput, match=r"context is .batch, tokens, 16 channels."):

@@ -114,6 +114,39 @@ def test_the_state_does_not_grow():
             _, state = layer.extend(piece, state)
             sizes.add(attlas.state_bytes(state))
     assert sizes == {8 * 2 * ((2 + 4 + 1) * DIM + 1)}
+    assert sum(t.untyped_storage().nbytes() for t in (*state.tails, state.total, state.tokens)) == min(sizes)
+
+
+def test_a_long_stream_counts_its_tokens():
+    """Float32 has no 2^24 + 1."""
+    layer = attlas.mixer("focalnet", DIM, causal=True)
+    state = layer.initial_state(1)
+    state = state._replace(tokens=state.tokens + 2**24)
+    with torch.no_grad():
+        _, state = layer.extend(torch.randn(1, 3, DIM), state)
+    assert state.tokens.item() == 2**24 + 3
+
+
+@pytest.mark.parametrize("backend", ["torch", "oracle"])
+@pytest.mark.parametrize("grid", [(2, 3), attlas.Grid((5,), prefix=1)])
+def test_a_causal_layer_refuses_at_the_call_what_a_stream_does_not_know(backend, grid):
+    layer = attlas.mixer("focalnet", DIM, causal=True, backend=backend).double()
+    with pytest.raises(BadInput, match="runs along one axis without prefix tokens"):
+        layer(tokens(6), grid=grid)
+    with pytest.raises(BadInput, match="runs along one axis without prefix tokens"):
+        layer.cost(1, 6, grid=grid)
+
+
+def test_the_norm_stands_behind_the_product_with_the_query():
+    layer, x = build(levels=1, norm=True), tokens(11, 12)
+    projected = layer.in_proj(x)
+    q, z, gates = projected.split((DIM, DIM, 2), -1)
+    z = F.gelu(F.conv2d(z.mT.unflatten(2, (11, 12)), layer.convs[0], padding=1, groups=DIM)).flatten(2).mT
+    modulator = gates[..., :1] * z + gates[..., 1:] * F.gelu(z.mean(1, keepdim=True))
+    y = q * layer.context_proj(modulator)
+    centred = y - y.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+    torch.testing.assert_close(layer(x), layer.out_proj(normal), rtol=0, atol=1e-12)
 
 
 def test_time_is_linear_in_the_tokens():
@@ -153,9 +186,10 @@ def test_parameters_of_the_published_models(dim, levels, depths, count):
     [
         ({"levels": 0}, "levels is at least 1"),
         ({"step": 1}, "step even"),
-        ({"window": 4}, "kernel is odd, got 4"),
+        ({"window": 4}, "window counts taps .* take 3 or 5, got 4"),
         ({"grid": None}, "pass grid=.* when building it"),
-        ({"causal": True}, "runs along one axis, got a grid 11x12"),
+        ({"causal": True}, "runs along one axis without prefix tokens, got a grid 11x12"),
+        ({"causal": True, "grid": attlas.Grid((6,), prefix=1)}, "without prefix tokens, got a grid 6 after 1"),
         ({"dropout": -0.1}, "dropout is a share"),
     ],
 )

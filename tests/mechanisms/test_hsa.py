@@ -75,6 +75,11 @@ def test_the_tree_of_a_layer_counts_its_prefix_tokens():
         ({"blocks": ((2, 2),), "grid": (4,)}, "2.* axes, the grid has 1"),
         ({"tree": [0, [2]]}, "numbers from 0 on"),
         ({"tree": [0, [1, 2]], "grid": (4,)}, "3 leaves, the grid 4 has 4 tokens"),
+        ({"tree": [0, 1], "blocks": 8}, "pass one of the two"),
+        ({"blocks": (0,)}, "at least one position"),
+        ({"blocks": ((1, 0), 2)}, "at least one position"),
+        ({"blocks": 2.5}, "written in ints, got 2.5"),
+        ({"blocks": (2.0,)}, "written in ints, got 2.0"),
     ],
 )
 def test_what_has_no_meaning_is_refused_at_construction(settings, words):

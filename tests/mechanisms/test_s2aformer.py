@@ -59,6 +59,14 @@ def test_a_token_moves_the_key_of_its_cell_and_no_other():
     assert (keys[0] != keys[1]).any(-1).tolist() == 2 * [[False] * 5 + [True]]
 
 
+def test_keys_and_values_are_made_of_normalised_cells():
+    layer, x, cells = build(reduction=2), tokens(4, 6), []
+    layer.k_proj.register_forward_pre_hook(lambda module, inputs: cells.append(inputs[0]))
+    layer(x, grid=(4, 6))
+    z = layer.reduce(x.mT.unflatten(2, (4, 6))).flatten(2).mT
+    torch.testing.assert_close(cells[0], layer.reduce_norm(z), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7)])
 def test_a_padded_picture_gives_what_it_gives_alone(grid):
     layer = build(reduction=2)

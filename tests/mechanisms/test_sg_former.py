@@ -97,11 +97,72 @@ def test_nothing_flows_back_through_the_order():
 
 
 def test_one_order_serves_rows_and_columns():
-    """Sorted column by column, the tokens come in the same order: significances differ."""
-    hybrid, grid = randomly(HybridScale(DIM, 2, 2, 3)), Grid((9, 9))
-    _, s = hybrid(tokens(9, 9), grid)
-    by_columns = s.unflatten(1, (9, 9)).mT.flatten(1).argsort(1)
-    assert torch.equal(by_columns % 9 * 9 + by_columns // 9, s.argsort(1))
+    """A picture that is read column by column is merged into the same tokens: its significances differ."""
+    hybrid, guided, grid = randomly(HybridScale(DIM, 2, 2, 3)), randomly(SelfGuided(DIM, 2, (5, 3, 2))), Grid((6, 9))
+    with torch.no_grad():
+        guided.local.conv.weight.zero_()  # it knows rows from columns
+    x = tokens(6, 9)
+    _, s = hybrid(x, grid)
+    turned_x, turned_s = (t.unflatten(1, (6, 9)).transpose(1, 2).flatten(1, 2) for t in (x, s))
+    got = guided(turned_x, turned_s, Grid((9, 6))).unflatten(1, (9, 6)).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(got, guided(x, s, grid), rtol=0, atol=1e-12)
+    assert (guided(x, s.flip(1), grid) - got).abs().max() > 1e-3  # the order matters
+
+
+def test_the_guided_side_sees_what_the_hybrid_one_has_added():
+    layer, x, grid = randomly(attlas.mixer("sg_former", DIM, 2, reduction=2, window=3)), tokens(6, 9), Grid((6, 9))
+    u, s = layer.hybrid(x, grid)
+    torch.testing.assert_close(layer(x, grid=grid), u + layer.guided(x + u, s, grid), rtol=0, atol=1e-12)
+
+
+def test_a_cell_is_one_token_through_a_norm_and_gelu():
+    hybrid, x, cells = randomly(HybridScale(DIM, 2, 2, 3)), tokens(6, 8), []
+    hybrid.cell_v.register_forward_pre_hook(lambda module, inputs: cells.append(inputs[0]))
+    hybrid(x, Grid((6, 8)))
+    z = hybrid.reduce(x.mT.unflatten(2, (6, 8))).flatten(2).mT
+    torch.testing.assert_close(cells[0], F.gelu(hybrid.reduce_norm(z)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize("groups", [(1, 1, 1), (2, 1)])
+def test_parts_without_a_token_merge_nothing(grid, groups):
+    settings = {"reduction": 1, "window": 1, "groups": groups}
+    layer, oracle = (
+        randomly(attlas.mixer("sg_former", DIM, 2, backend=backend, **settings)) for backend in ("auto", "oracle")
+    )
+    x = tokens(*grid)
+    torch.testing.assert_close(layer(x, grid=grid), oracle(x, grid=grid), rtol=0, atol=1e-12)
+
+
+def linear(inputs, outputs):
+    return inputs * outputs + outputs
+
+
+@pytest.mark.parametrize(
+    ("dim", "depths", "count"),
+    [(64, (2, 4, 16, 1), 22_545_981), (64, (2, 6, 28, 2), 38_689_316), (96, (4, 6, 24, 2), 77_950_293)],
+)
+def test_parameters_of_the_published_models(dim, depths, count):
+    """All of the model but the two attentions is written out: embeddings, norms, MLPs, the last stage and the head."""
+    total = 9 * 3 * dim + 2 * 9 * dim**2 + 4 * 2 * dim + 56**2 * dim
+    for stage, depth in enumerate(depths):
+        width = dim * 2**stage
+        if stage:
+            total += width // 2 * width + 9 * width + width**2 + 3 * 2 * width
+        reduction = 8 // 2**stage
+        if reduction > 1:
+            pair = HybridScale(width, 2, reduction, 7), SelfGuided(width, 2, GROUPS[reduction])
+            total += depth // 2 * sum(p.numel() for side in pair for p in side.parameters())
+        else:
+            total += depth * (5 * linear(width, width) + 10 * width)
+        mlp = linear(width, 4 * width) + 10 * 4 * width + linear(4 * width, width)
+        total += depth * (4 * width + mlp) + 2 * width
+    assert total + linear(width, 1000) == count
+
+
+def test_the_cost_of_a_line_is_refused():
+    with pytest.raises(BadInput, match=r"looks at a picture, got a grid 9: pass grid=.height, width."):
+        attlas.mixer("sg_former", DIM, 2, reduction=2, window=3).cost(1, 9)
 
 
 def test_half_precision_sorts_as_float32_does():

@@ -121,6 +121,7 @@ def test_the_class_token_is_told_by_sentences_only_and_carries_its_channels_on()
         ({"word_heads": 3}, "word_heads must divide its channels: 4 do not split into 3"),
         ({"word_dim": 5, "word_heads": 1, "words": 3}, "heads must divide its channels: 9"),
         ({"ratio": 0}, "ratio says how many times wider"),
+        ({"ratio": 0.2}, "at least 0.25 here, got 0.2"),
     ],
 )
 def test_what_has_no_meaning_is_refused(settings, words):

@@ -6,7 +6,7 @@ import torch
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.ops.flops import flop_counter
-from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution
+from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution, positions
 
 GRIDS = [(Grid((9,)), 5), (Grid((4, 5), prefix=2), 3), (Grid((3, 2, 4), prefix=1), 5)]
 
@@ -63,3 +63,16 @@ def test_what_has_no_meaning_is_refused():
     conv, x, _ = case(Grid((4, 4)), 3)
     with pytest.raises(BadInput, match="built for 2 axes and called on a grid 16"):
         grid_convolution(x, conv.weight, conv.bias, Grid((16,)))
+
+
+def test_positions_are_tokens_without_the_prefix_and_padding_is_zero():
+    grid = Grid((2, 3), prefix=1)
+    x, keep = torch.randn(2, 7, 4), torch.rand(2, 7) > 0.4
+    x[~keep] = torch.nan
+    at, real = positions(x, grid, keep)
+    assert torch.equal(real[..., 0], keep[:, 1:])
+    assert torch.equal(at, x[:, 1:].nan_to_num(0))
+    at, real = positions(x, grid, None)
+    assert torch.equal(at.isnan(), x[:, 1:].isnan())
+    assert real.shape == (1, 6, 1)
+    assert real.all()

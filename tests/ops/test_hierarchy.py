@@ -141,8 +141,29 @@ def test_what_is_no_tree_is_refused(branches):
         Tree.nested(branches)
 
 
+@pytest.mark.parametrize("branches", [[0.7, 1.2], "01", ["0"], torch.arange(4), [torch.tensor(0), 1], None, [0, None]])
+def test_leaves_are_whole_numbers(branches):
+    with pytest.raises(BadInput, match="nested sequences of leaf numbers, written in ints, got"):
+        Tree.nested(branches)
+
+
+def test_a_tree_that_is_too_deep_is_refused():
+    deep = [0]
+    for leaf in range(1, 2000):
+        deep = [deep, leaf]
+    with pytest.raises(BadInput, match="at most some hundred levels deep"):
+        Tree.nested(deep)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "words"), [(1, "at least 2 long"), ((0,), "at least one position"), (((2, 2, 2),), "3.*axes|axes")]
+    ("sizes", "words"),
+    [
+        ("2", "in ints, got '2'"),
+        (2.5, "in ints"),
+        (1, "at least 2 long"),
+        ((0,), "at least one position"),
+        (((2, 2, 2),), "3.*axes|axes"),
+    ],
 )
 def test_blocks_without_a_meaning_are_refused(sizes, words):
     with pytest.raises(BadInput, match=words):

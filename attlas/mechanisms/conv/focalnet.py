@@ -12,8 +12,8 @@ largest published models have.
 
 x (B, N, C), g (B, N, L + 1), everything else (B, N, C). Beyond the border the z are 0, as in the official code; so
 they are where there is padding, and the mean is over real tokens. Prefix tokens have no surroundings: they give 0 and
-enter nothing. A causal layer, our extension, runs along one axis: convolutions of the last k_l places, and the mean of
-what came so far. Its state is the last k_l - 1 of each z_{l-1}, a sum and a count.
+enter nothing. A causal layer, our extension, runs along one axis without prefix tokens: convolutions of the last k_l
+places, and the mean of what came so far. Its state is the last k_l - 1 of each z_{l-1}, a sum and a count.
 
 Time O(N C (4 C + L + Σ k_l^axes)), linear in N.
 
@@ -31,7 +31,7 @@ from attlas.core.grid import Grid
 from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution
+from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution, positions
 from attlas.ops.precision import wide
 
 PLANE = frozenset({Pattern.NONCAUSAL_SELF})
@@ -67,7 +67,7 @@ class FocalState(NamedTuple):
     Attributes:
         tails: the last k_l - 1 of z_{l-1} (B, k_l - 1, C), 0 where there was padding.
         total: the sum of the z_L (B, 1, C).
-        tokens: how many there were (B, 1, 1).
+        tokens: how many there were (B, 1, 1), int64.
     """
 
     tails: tuple[Tensor, ...]
@@ -110,23 +110,36 @@ class FocalNet(Mixer):
                 "focalnet convolves over the axes of the grid that it is trained on: pass grid=(height, width) when "
                 "building it"
             )
-        if site.causal and site.grid is not None and site.grid.rank > 1:
-            raise BadInput(f"causal focal modulation runs along one axis, got a {site.grid}")
-        dim, axes = site.dim, 1 if site.grid is None else site.grid.rank
+        if window < 1 or window % 2 == 0:
+            odd = max(1, window - 1)
+            raise BadInput(f"window counts taps around a position, so it is odd: take {odd} or {odd + 2}, got {window}")
+        dim, self.axes = site.dim, 1 if site.grid is None else site.grid.rank
+        if site.grid is not None:
+            self._check_grid(site.grid)
         self.normalize = normalize
         self.dropout = share("dropout", dropout)
         self.in_proj = nn.Linear(dim, 2 * dim + levels + 1)
         self.kernels = [window + step * level for level in range(levels)]
-        self.convs = nn.ParameterList(depthwise(dim, kernel, axes).weight for kernel in self.kernels)
+        self.convs = nn.ParameterList(depthwise(dim, kernel, self.axes).weight for kernel in self.kernels)
         self.context_proj = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.out_proj = nn.Linear(dim, dim)
 
+    def _check_grid(self, grid: Grid) -> None:
+        if self.site.causal and (grid.rank > 1 or grid.prefix):
+            raise BadInput(
+                f"causal focal modulation runs along one axis without prefix tokens, got a {grid}: build it with "
+                "causal=False, or pass the tokens as one line"
+            )
+        if grid.rank != self.axes:
+            raise BadInput(f"this layer was built for {self.axes} axes, got a {grid}; only lengths may differ")
+
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Levels one on the other, gated and summed, times the query."""
+        self._check_grid(call.grid)
         if self.site.causal:
-            return self._causal(x_BNC, self.start(len(x_BNC), x_BNC), call.mask.keys, call.grid.prefix)[0]
-        x_BPC, real_BP1 = self._positions(x_BNC, call.grid, call.mask.keys)
+            return self._causal(x_BNC, self.start(len(x_BNC), x_BNC), call.mask.keys)[0]
+        x_BPC, real_BP1 = positions(x_BNC, call.grid, call.mask.keys)
         q, z, gates = self._split(x_BPC)
         grid, keep = Grid(call.grid.shape), real_BP1[..., 0] if call.mask.keys is not None else None
         z, modulator = z.where(real_BP1, 0), torch.zeros_like(q)
@@ -134,15 +147,8 @@ class FocalNet(Mixer):
             z = F.gelu(grid_convolution(z, weight, None, grid, keep, backend=self.backend))
             modulator = modulator + z * gate
         mean = wide(z).sum(1, keepdim=True) / real_BP1.expand_as(z[..., :1]).sum(1, keepdim=True).clamp(min=1)
-        return self._modulate(q, modulator + F.gelu(mean).to(z.dtype) * gates[-1], call.grid.prefix)
-
-    def _positions(self, x_BNC: Tensor, grid: Grid, keep_BN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The tokens that have a position, 0 where there is padding, and which of them (B or 1, P, 1) are real."""
-        x_BPC = grid.split(x_BNC)[1]
-        if keep_BN is None:
-            return x_BPC, x_BPC.new_ones(1, x_BPC.shape[1], 1, dtype=torch.bool)
-        real_BP1 = keep_BN[:, grid.prefix :].unsqueeze(-1)
-        return x_BPC.where(real_BP1, 0), real_BP1
+        y_BPC = self._modulate(q, modulator + F.gelu(mean).to(z.dtype) * gates[-1])
+        return F.pad(y_BPC, (0, 0, call.grid.prefix, 0))
 
     def _split(self, x_BPC: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Query, z_0 and the gates of all levels."""
@@ -150,35 +156,39 @@ class FocalNet(Mixer):
         q, z, gates = self.in_proj(x_BPC).split((dim, dim, len(self.convs) + 1), -1)
         return q, z, gates.split(1, -1)
 
-    def _modulate(self, q: Tensor, modulator: Tensor, prefix: int) -> Tensor:
+    def _modulate(self, q: Tensor, modulator: Tensor) -> Tensor:
         if self.normalize:
             modulator = modulator / (len(self.convs) + 1)
         y_BPC = self.out_proj(self.norm(q * self.context_proj(modulator)))
-        return F.pad(F.dropout(y_BPC, self.dropout, self.training), (0, 0, prefix, 0))
+        return F.dropout(y_BPC, self.dropout, self.training)
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Each convolution as a matrix of positions by positions, each mean as a row of it."""
-        x_BPC, real_BP1 = self._positions(x_BNC, call.grid, call.mask.keys)
-        real_BP1 = real_BP1.to(x_BPC)
-        q, z, gates = self._split(x_BPC)
+        self._check_grid(call.grid)
+        x_BPC, real_BP1 = positions(x_BNC, call.grid, call.mask.keys)
+        real_BP1, dim, levels = real_BP1.to(x_BPC), self.site.dim, len(self.kernels)
+        projected = self.in_proj(x_BPC)
+        q, z, gates = projected[..., :dim], projected[..., dim : 2 * dim], projected[..., 2 * dim :]
         z, modulator = z * real_BP1, torch.zeros_like(q)
         places_PR = call.grid.places(x_BPC.device)
-        for kernel, weight, gate in zip(self.kernels, self.convs, gates, strict=False):
+        for level, (kernel, weight) in enumerate(zip(self.kernels, self.convs, strict=True)):
             before = kernel - 1 if self.site.causal else kernel // 2
             tap_NMR = places_PR[None] - places_PR[:, None] + before
             inside_NM = ((tap_NMR >= 0) & (tap_NMR < kernel)).all(-1)
             matrix_CNM = weight[:, 0][:, *tap_NMR.clamp(0, kernel - 1).unbind(-1)] * inside_NM
             z = F.gelu(torch.einsum("cnm,bmc->bnc", matrix_CNM, z)) * real_BP1
-            modulator = modulator + gate * z
+            modulator = modulator + gates[..., level, None] * z
         counted_NM = torch.ones(len(places_PR), len(places_PR), dtype=z.dtype, device=z.device)
         if self.site.causal:
             counted_NM = counted_NM.tril()
         mean = (counted_NM @ z) / (counted_NM @ real_BP1).clamp(min=1)
-        return self._modulate(q, modulator + gates[-1] * F.gelu(mean), call.grid.prefix)
+        modulator = (modulator + gates[..., levels, None] * F.gelu(mean)) / (levels + 1 if self.normalize else 1)
+        return F.pad(self.out_proj(self.norm(q * self.context_proj(modulator))), (0, 0, call.grid.prefix, 0))
 
     def count(self, sizes: Sizes) -> Cost:
         """Projections, and the taps on the grid; the torch backend also multiplies the others."""
         grid, dim = sizes.grid, self.site.dim
+        self._check_grid(grid)
         flops = executed = 2 * grid.positions * dim * (4 * dim + len(self.convs) + 1)
         for kernel in self.kernels:
             on_grid, multiplied = convolution_flops(grid, kernel)
@@ -192,25 +202,25 @@ class FocalNet(Mixer):
         dim = self.site.dim
         tails = tuple(like.new_zeros(batch, kernel - 1, dim) for kernel in self.kernels)
         total = wide(like.new_zeros(batch, 1, dim))
-        return FocalState(tails, total, total[..., :1])
+        return FocalState(tails, total, like.new_zeros(batch, 1, 1, dtype=torch.int64))
 
     def advance(self, x_BNC: Tensor, state: FocalState, keep: Tensor | None) -> tuple[Tensor, FocalState]:
         """Convolve the segment behind the tails; the mean goes on from the sum."""
-        return self._causal(x_BNC, state, keep, 0)
+        return self._causal(x_BNC, state, keep)
 
-    def _causal(self, x_BNC: Tensor, state: FocalState, keep: Tensor | None, prefix: int) -> tuple[Tensor, FocalState]:
-        x_BPC, real_BP1 = self._positions(x_BNC, Grid((x_BNC.shape[1] - prefix,), prefix), keep)
-        q, z, gates = self._split(x_BPC)
-        z, modulator = z.where(real_BP1, 0), torch.zeros_like(q)
+    def _causal(self, x_BNC: Tensor, state: FocalState, keep: Tensor | None) -> tuple[Tensor, FocalState]:
+        x_BNC, real_BN1 = positions(x_BNC, Grid((x_BNC.shape[1],)), keep)
+        q, z, gates = self._split(x_BNC)
+        z, modulator = z.where(real_BN1, 0), torch.zeros_like(q)
         tails: list[Tensor] = []
         for weight, gate, tail in zip(self.convs, gates, state.tails, strict=False):
             z = torch.cat([tail, z], 1)
-            tails.append(z[:, x_BPC.shape[1] :])
+            tails.append(z[:, x_BNC.shape[1] :].clone())  # a view would keep the whole segment
             z = F.conv1d(z.mT, weight, groups=self.site.dim).mT
-            z = F.gelu(z).where(real_BP1, 0)
+            z = F.gelu(z).where(real_BN1, 0)
             modulator = modulator + z * gate
         totals = state.total + wide(z).cumsum(1)
-        counts = state.tokens + real_BP1.to(totals).cumsum(1)
+        counts = state.tokens + real_BN1.cumsum(1)
         modulator = modulator + F.gelu(totals / counts.clamp(min=1)).to(z.dtype) * gates[-1]
-        count = counts[:, -1:].expand(len(x_BNC), -1, -1)
-        return self._modulate(q, modulator, prefix), FocalState(tuple(tails), totals[:, -1:], count)
+        state = FocalState(tuple(tails), totals[:, -1:].clone(), counts[:, -1:].clone())
+        return self._modulate(q, modulator), state

@@ -24,6 +24,7 @@ the default here fits each axis.
 """
 
 import math
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -126,29 +127,38 @@ class CrossFormer(Attend):
         """Windows as they are; long-distance groups become windows by another order of the tokens."""
         grid, keep_BM = call.grid, call.mask.keys
         group, intervals = self.groups(grid)
-        bias_HOO = self._table(group).to(q_BHND.dtype)
+        windows = tuple(_window(*each, group) for each in zip(grid.shape, intervals, strict=True))
+        bias_HOO = self._table(windows).to(q_BHND.dtype)
         if max(intervals) == 1:
-            return self._windows(q_BHND, k_BGMD, v_BGME, grid, group, bias_HOO, keep_BM)
+            return self._windows(q_BHND, k_BGMD, v_BGME, grid, windows, bias_HOO, keep_BM)
         padded, token_T, on_grid_T, place_N = _order(grid, group, intervals, q_BHND.device)
         if padded.tokens > grid.tokens or keep_BM is not None:
             real_BM = on_grid_T.expand(len(q_BHND), -1)
             keep_BM = real_BM if keep_BM is None else real_BM & keep_BM[:, token_T]
         q, k, v = (x.index_select(2, token_T) for x in (q_BHND, k_BGMD, v_BGME))
-        return self._windows(q, k, v, padded, group, bias_HOO, keep_BM).index_select(2, place_N)
+        return self._windows(q, k, v, padded, windows, bias_HOO, keep_BM).index_select(2, place_N)
 
     def _windows(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, group: int, bias: Tensor, keep: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        windows: tuple[int, ...],
+        bias: Tensor,
+        keep: Tensor | None,
     ) -> Tensor:
         k, v = blank_padding(keep, k, v)
-        axes = [Block(length, group) for length in grid.shape]
+        axes = [Block(length, window) for length, window in zip(grid.shape, windows, strict=True)]
         return neighborhood_attention(
             q, k, v, axes, prefix=grid.prefix, keep=keep, bias=bias, scale=self.scale, backend=self.backend
         )
 
-    def _table(self, group: int) -> Tensor:
-        """The bias (H, 2 G - 1, 2 G - 1) by the offset key - query, whose negative DPB takes."""
-        offset_O = torch.arange(group - 1, -group, -1, device=next(self.position_bias.parameters()).device)
-        return self._bias(torch.cartesian_prod(offset_O, offset_O)).unflatten(1, (2 * group - 1, -1))
+    def _table(self, windows: tuple[int, ...]) -> Tensor:
+        """The bias (H, 2 w - 1, 2 w' - 1) by the offset key - query, whose negative DPB takes."""
+        device = next(self.position_bias.parameters()).device
+        offsets = [torch.arange(window - 1, -window, -1, device=device) for window in windows]
+        return self._bias(torch.cartesian_prod(*offsets)).unflatten(1, [len(each) for each in offsets])
 
     def _bias(self, offset_X2: Tensor) -> Tensor:
         """DPB of offsets query - key, (H, X)."""
@@ -183,36 +193,50 @@ class CrossFormer(Attend):
         """The MLP once for each offset, and two products per pair; the torch backend fills all groups up."""
         grid, heads, size = sizes.grid, self.site.heads, self.site.head_dim
         group, intervals = self.groups(grid)
-        pairs, places = 1, 1
+        pairs = places = inside = offsets = 1
         for length, interval in zip(grid.shape, intervals, strict=True):
+            window = _window(length, interval, group)
             side = group * interval
             members = [(n // side, n % interval) for n in range(length)]
-            pairs *= sum(members.count(each) for each in members)
-            places *= length if max(intervals) == 1 else -(-length // side) * side
+            pairs *= sum(count**2 for count in Counter(members).values())
+            places *= length if max(intervals) == 1 else _ordered(length, interval, group)
+            inside, offsets = inside * window, offsets * (2 * window - 1)
         pairs += grid.prefix * (grid.prefix + 2 * grid.positions)
-        executed = places * (grid.prefix + group**2) + grid.prefix * (grid.prefix + places)
+        executed = places * (grid.prefix + inside) + grid.prefix * (grid.prefix + places)
         hidden = self.site.dim // 16
-        mlp = 2 * (2 * group - 1) ** 2 * (2 * hidden + 2 * hidden**2 + hidden * heads)
+        mlp = 2 * offsets * (2 * hidden + 2 * hidden**2 + hidden * heads)
         products = 4 * sizes.batch * heads * size
         return Cost(products * pairs + mlp, products * executed + mlp, sizes.batch * heads * pairs)
+
+
+def _window(length: int, interval: int, group: int) -> int:
+    """The most tokens that a group has on an axis."""
+    return min(group, -(-length // interval))
+
+
+def _ordered(length: int, interval: int, group: int) -> int:
+    """Places of an axis when each of its groups is a window: in a square that is cut off some groups are empty."""
+    squares, rest = divmod(length, group * interval)
+    return (squares * interval + min(rest, interval)) * _window(length, interval, group)
 
 
 def _order(
     grid: Grid, group: int, intervals: tuple[int, ...], device: torch.device
 ) -> tuple[Grid, Tensor, Tensor, Tensor]:
-    """The order in which each long-distance group is a window, on a grid that holds only whole ones.
+    """The order in which each long-distance group is a window, on a grid that holds whole ones.
 
     Returns:
         That grid; the token at each of its places, prefix included, and whether there is one; the place of each token.
     """
     lengths, sources, targets = [], [], []
     for length, interval in zip(grid.shape, intervals, strict=True):
-        side = group * interval
-        lengths.append(-(-length // side) * side)
+        side, window = group * interval, _window(length, interval, group)
+        lengths.append(_ordered(length, interval, group))
         place = torch.arange(lengths[-1], device=device)
         token = torch.arange(length, device=device)
-        sources.append(place // side * side + place % group * interval + place // group % interval)
-        targets.append(token // side * side + token % interval * group + token // interval % group)
+        number = token // side * interval + token % interval  # of the token's group
+        sources.append(place // window // interval * side + place % window * interval + place // window % interval)
+        targets.append(number * window + token // interval % group)
     padded, prefix = Grid(tuple(lengths), grid.prefix), torch.arange(grid.prefix, device=device)
     row, column = (x.flatten() for x in torch.meshgrid(*sources, indexing="ij"))
     on_grid = (row < grid.shape[0]) & (column < grid.shape[1])

@@ -94,15 +94,13 @@ class FcaFormer(Mixer):
     def _seen(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens whose keys are seen, which of them are real, and the bias (1, H, N, N + M); padding is 0."""
         self._check_call(context_BMC, call.grid)
-        own = call.mask.queries
+        own = call.mask.keys if context_BMC is None else call.mask.queries
         bias = self._position_bias(call.grid)
-        if own is not None:
-            x_BNC = x_BNC.masked_fill(~own.unsqueeze(-1), 0)
+        x_BNC = _blank(x_BNC, own)
         if context_BMC is None:
             return x_BNC, own, bias
         keep = call.mask.keys
-        if keep is not None:
-            context_BMC = context_BMC.masked_fill(~keep.unsqueeze(-1), 0)
+        context_BMC = _blank(context_BMC, keep)
         if own is not None or keep is not None:
             own, keep = (
                 tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
@@ -122,7 +120,9 @@ class FcaFormer(Mixer):
                 f"this layer was built for {self.handed} tokens of earlier layers and called with {given}; "
                 f"build it with handed={given}"
             )
-        if grid.rank != len(self.shape) or any(a > b for a, b in zip(grid.shape, self.shape, strict=True)):
+        if grid.rank != len(self.shape):
+            raise BadInput(f"this layer has biases for distances on {len(self.shape)} axes, got a {grid}")
+        if any(a > b for a, b in zip(grid.shape, self.shape, strict=True)):
             raise BadInput(f"this layer has biases for distances on a {Grid(self.shape)}, got a larger {grid}")
 
     def _position_bias(self, grid: Grid) -> Tensor:
@@ -137,8 +137,8 @@ class FcaFormer(Mixer):
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """One attention over the tokens and those handed on."""
         seen_BMC, keep, bias = self._seen(x_BNC, context_BMC, call)
-        heads, queries = self.site.heads, x_BNC.shape[1]
-        q = self.q_proj(seen_BMC[:, :queries]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        heads = self.site.heads
+        q = self.q_proj(_blank(x_BNC, call.mask.queries)).unflatten(-1, (heads, -1)).transpose(1, 2)
         k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in self.kv_proj(seen_BMC).chunk(2, -1))
         o = softmax_attention(q, k, v, Mask(keys=keep, bias=bias.to(q.dtype)), backend=self.backend)
         return self.out_proj(o.transpose(1, 2).flatten(2))
@@ -146,14 +146,14 @@ class FcaFormer(Mixer):
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Head by head and query by query, the scores of both kinds of keys side by side."""
         self._check_call(context_BMC, call.grid)
-        if call.mask.queries is not None:
-            x_BNC = x_BNC.where(call.mask.queries.unsqueeze(-1), 0)
+        real_BN = call.mask.keys if context_BMC is None else call.mask.queries
+        asking_BNC = x_BNC if call.mask.queries is None else x_BNC.where(call.mask.queries.unsqueeze(-1), 0)
         batch, tokens, dim = x_BNC.shape
         prefix, size = call.grid.prefix, dim // self.site.heads
         places = call.grid.places().tolist()
         y_BNC = []
         for b in range(batch):
-            own = [n for n in range(tokens) if call.mask.queries is None or call.mask.queries[b, n]]
+            own = [n for n in range(tokens) if real_BN is None or real_BN[b, n]]
             sources, names = [x_BNC[b, n] for n in own], [("own", n) for n in own]
             for m in range(self.handed):
                 if context_BMC is not None and (call.mask.keys is None or call.mask.keys[b, m]):
@@ -162,7 +162,7 @@ class FcaFormer(Mixer):
             k_MC, v_MC = self.kv_proj(torch.stack(sources)).chunk(2, -1) if sources else x_BNC[b].new_zeros(2, 0, dim)
             rows = []
             for n in range(tokens):
-                q_C, heads = self.q_proj(x_BNC[b, n]), []
+                q_C, heads = self.q_proj(asking_BNC[b, n]), []
                 for h in range(self.site.heads):
                     part, bias = slice(h * size, (h + 1) * size), []
                     for kind, m in names:
@@ -188,3 +188,7 @@ class FcaFormer(Mixer):
         keys = queries + (sizes.keys if sizes.cross else 0)
         flops = batch * (4 * queries * dim**2 + 4 * keys * dim**2 + 4 * queries * keys * dim)
         return Cost(flops, flops, batch * self.site.heads * queries * keys)
+
+
+def _blank(x_BNC: Tensor, keep_BN: Tensor | None) -> Tensor:
+    return x_BNC if keep_BN is None else x_BNC.masked_fill(~keep_BN.unsqueeze(-1), 0)

@@ -168,7 +168,11 @@ class HiLo(Mixer):
         return torch.cat(outputs, -1)
 
     def count(self, sizes: Sizes) -> Cost:
-        """Projections and products; torch multiplies border windows in full. Keys that are means make no pairs."""
+        """Projections and products; torch multiplies border windows in full.
+
+        Pairs are not counted: a high head's are those of windows, a low head's, through the means, all, so that the
+        tokens that depend on one another are not equally many in every head.
+        """
         axes, grid, dim, batch = self._axes(sizes.grid), sizes.grid, self.site.dim, sizes.batch
         size, tokens = dim // self.site.heads, sizes.queries
         high, low = self.high_heads * size, self.low_heads * size

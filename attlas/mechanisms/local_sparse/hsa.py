@@ -65,7 +65,8 @@ class HSA(Attend):
         site: where it is installed.
         backend: of `hierarchical_attention`.
         blocks: positions of a block on every axis, of blocks in the next block and so on, until one is left; or such
-            lengths level by level from below, each one number or one for each axis, above which comes the root.
+            lengths level by level from below, each one number or one for each axis, above which comes the root. 8 by
+            default.
         tree: the hierarchy itself as nested sequences of token numbers (prefix tokens count), instead of blocks.
         scale: of the scores; D ** -0.5 by default.
     """
@@ -75,17 +76,21 @@ class HSA(Attend):
         site: Site,
         backend: str = "auto",
         *,
-        blocks: int | Sequence[int | Sequence[int]] = 8,
+        blocks: int | Sequence[int | Sequence[int]] | None = None,
         tree: Sequence[Any] | None = None,
         scale: float | None = None,
     ) -> None:
         super().__init__(site, backend)
-        self.blocks, self.scale = blocks, scale
+        if tree is not None and blocks is not None:
+            raise BadInput("blocks make a tree, and a tree is given, too: pass one of the two")
+        self.blocks, self.scale = 8 if blocks is None else blocks, scale
         self.tree = None if tree is None else Tree.nested(tree)
         if site.grid is not None:
             self._tree(site.grid, "cpu")
-        elif isinstance(blocks, int):
-            Tree.blocks((1,), blocks)
+        elif tree is None:
+            levels = self.blocks if isinstance(self.blocks, Sequence) else ()
+            axes = next((len(level) for level in levels if isinstance(level, Sequence)), 1)
+            Tree.blocks((1,) * axes, self.blocks)
 
     def _tree(self, grid: Grid, device: torch.device | str) -> Tree:
         if self.tree is None:

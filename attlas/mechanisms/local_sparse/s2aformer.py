@@ -80,33 +80,40 @@ class S2AFormer(Mixer):
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Reduce, project, attend."""
-        x_BNC, z_BMC, live_BM = self._sources(x_BNC, call, self.backend)
-        q, k, v = (self._heads(t) for t in (self.q_proj(x_BNC), self.k_proj(z_BMC), self.v_proj(z_BMC)))
-        o_BHNE = softmax_attention(q, k, v, Mask(keys=live_BM), scale=self.width**-0.5, backend=self.backend)
-        return self.out_proj(o_BHNE.transpose(1, 2).flatten(2))
-
-    def _sources(self, x_BNC: Tensor, call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tokens, padding being 0, what keys and values are made of, and which of those (B, M) are real."""
         grid, keep_BN = call.grid, call.mask.keys
         if keep_BN is not None:
             x_BNC = x_BNC.masked_fill(~keep_BN.unsqueeze(-1), 0)
-        if self.reduce is None:
-            return x_BNC, x_BNC, keep_BN
-        z_BMC = cell_convolution(x_BNC, self.reduce.weight, self.reduce.bias, grid, keep_BN, backend=backend)
-        return x_BNC, self.reduce_norm(z_BMC), live_cells(grid, self.reduction, keep_BN)
+        z_BMC, live_BM = x_BNC, keep_BN
+        if self.reduce is not None:
+            z_BMC = cell_convolution(x_BNC, self.reduce.weight, self.reduce.bias, grid, keep_BN, backend=self.backend)
+            z_BMC, live_BM = self.reduce_norm(z_BMC), live_cells(grid, self.reduction, keep_BN)
+        q, k, v = (self._heads(t) for t in (self.q_proj(x_BNC), self.k_proj(z_BMC), self.v_proj(z_BMC)))
+        o_BHNE = softmax_attention(q, k, v, Mask(keys=live_BM), scale=self.width**-0.5, backend=self.backend)
+        return self.out_proj(o_BHNE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BNC: Tensor) -> Tensor:
         return x_BNC.unflatten(-1, (self.site.heads, -1)).transpose(1, 2)
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Head by head and query by query, the scores a sum over the channels of the strips."""
-        x_BNC, z_BMC, live_BM = self._sources(x_BNC, call, "oracle")
+        """Cell by cell, head by head and query by query, the scores a sum over the channels of the strips."""
+        real_BN = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool) if call.mask.keys is None else call.mask.keys
+        x_BNC = x_BNC.where(real_BN.unsqueeze(-1), 0)
+        z_BMC, live_BM = x_BNC, real_BN
+        if self.reduce is not None:
+            members: dict[tuple[int, int], list[int]] = {}
+            for n, (row, column) in enumerate(call.grid.places().tolist()):
+                members.setdefault((row // self.reduction, column // self.reduction), []).append(n)
+            taps_N2 = call.grid.places() % self.reduction
+            weight_NC = self.reduce.weight[:, 0, taps_N2[:, 0], taps_N2[:, 1]].T
+            cells = [(weight_NC[own] * x_BNC[:, own]).sum(1) for own in members.values()]
+            z_BMC = self.reduce_norm(torch.stack(cells, 1) + self.reduce.get_parameter("bias"))
+            live_BM = torch.stack([real_BN[:, own].any(1) for own in members.values()], 1)
         q_BNS, k_BMS, v_BMC = self.q_proj(x_BNC), self.k_proj(z_BMC), self.v_proj(z_BMC)
         heads, width = self.site.heads, self.width
         size = self.site.dim // heads
         o_BNC = torch.zeros_like(x_BNC)
         for b in range(len(x_BNC)):
-            seen = slice(None) if live_BM is None else live_BM[b]
+            seen = live_BM[b]
             for h in range(heads):
                 strip, own = slice(h * width, (h + 1) * width), slice(h * size, (h + 1) * size)
                 for n in range(x_BNC.shape[1]):

@@ -247,8 +247,8 @@ class SelfGuided(nn.Module):
             inside_BS = (rank_BS < tokens_B1 * end // 4).expand(batch, -1)
             index_BS = order_BN.gather(1, rank_BS.clamp(max=count - 1).expand(batch, -1))
             x_BSC = x_BNC.gather(1, index_BS.unsqueeze(-1).expand(-1, -1, dim)).where(inside_BS[..., None], 0)
-            merged.append(merge(x_BSC.unflatten(1, (groups, -1)).mT).squeeze(-1))
-            live.append(inside_BS.unflatten(1, (groups, -1)).any(-1))
+            merged.append(merge(x_BSC.unflatten(1, (groups, size)).mT).squeeze(-1))
+            live.append(inside_BS.unflatten(1, (groups, size)).any(-1))
         return torch.cat(merged, 1), None if keep_BN is None else torch.cat(live, 1)
 
     def oracle(self, x_BNC: Tensor, s_BN: Tensor, grid: Grid, keep_BN: Tensor | None = None) -> Tensor:
@@ -312,7 +312,9 @@ class SGFormer(Mixer):
             self._fit(site.grid)
 
     def _fit(self, grid: Grid) -> None:
-        """Raise where the grid does not hold a cell and a window."""
+        """Raise where the grid has other axes than two, or does not hold a cell and a window."""
+        if grid.rank != 2:
+            raise BadInput(f"sg_former looks at a picture, got a {grid}: pass grid=(height, width)")
         cell_shape(grid, self.hybrid.reduction)
         if self.hybrid.window > min(grid.shape):
             raise BadInput(
@@ -336,6 +338,7 @@ class SGFormer(Mixer):
 
     def count(self, sizes: Sizes) -> Cost:
         """Both attentions; what the torch backend multiplies off the grid is not needed."""
+        self._fit(sizes.grid)
         grid, dim, heads, hybrid = sizes.grid, self.site.dim, self.site.heads, self.hybrid
         tokens, parts = grid.positions, self.guided.merged(grid.positions)
         cells, merged = cell_shape(grid, hybrid.reduction), sum(parts)

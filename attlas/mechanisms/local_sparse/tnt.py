@@ -136,8 +136,9 @@ class TNT(Mixer):
         for name, count, width in (("heads", site.heads, dim), ("word_heads", word_heads, word_dim)):
             if width % count:
                 raise BadInput(f"{name} must divide its channels: {width} do not split into {count}")
-        if ratio <= 0:
-            raise BadInput(f"ratio says how many times wider the MLPs are and is positive, got {ratio}")
+        if int(ratio * word_dim) < 1 or int(ratio * dim) < 1:
+            least = 1 / min(word_dim, dim)
+            raise BadInput(f"ratio says how many times wider the MLPs are, at least {least:.3g} here, got {ratio}")
         self.words, self.dim, self.word_dim = words, dim, word_dim
         self.inner = _Transformer(word_dim, word_heads, ratio, bias)
         self.bridge_norm, self.bridge = nn.LayerNorm(word_dim), nn.Linear(words * word_dim, dim)

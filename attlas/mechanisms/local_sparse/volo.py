@@ -27,6 +27,7 @@ from attlas.core.errors import BadInput, share
 from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
+from attlas.ops.grid_conv import positions
 from attlas.ops.precision import wide
 
 VALUES = 2 * 16 * 16 + 16
@@ -100,7 +101,7 @@ class Volo(Mixer):
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Unfold the values, weigh them in each window, fold the windows back."""
         grid, heads = call.grid, self.site.heads
-        x_BPC, real_BP1 = self._picture(x_BNC, call)
+        x_BPC, real_BP1 = positions(x_BNC, call.grid, call.mask.keys)
         v_BPC = wide(self.v_proj(x_BPC).where(real_BP1, 0))
         v_BCS = grid.unflatten(v_BPC.mT, -1)
         window = {"kernel_size": self.kernel, "padding": self.kernel // 2, "stride": self.stride}
@@ -115,14 +116,6 @@ class Volo(Mixer):
         y_BPC = F.dropout(self.out_proj(o_BCS.flatten(2).mT.to(x_BPC.dtype)), self.dropout, self.training)
         return F.pad(y_BPC, (0, 0, grid.prefix, 0))
 
-    def _picture(self, x_BNC: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """The tokens that have a position, 0 where there is padding, and which of them (B, P, 1) are real."""
-        x_BPC, keep_BN = call.grid.split(x_BNC)[1], call.mask.keys
-        if keep_BN is None:
-            return x_BPC, x_BPC.new_ones(1, x_BPC.shape[1], 1, dtype=torch.bool)
-        real_BP1 = keep_BN[:, call.grid.prefix :].unsqueeze(-1)
-        return x_BPC.where(real_BP1, 0), real_BP1
-
     def _pool(self, x_BCS: Tensor, real_B1S: Tensor) -> tuple[Tensor, Tensor]:
         """Means of the real tokens of the windows' middles (B, windows, C), and which (B, windows, 1) have any."""
         share_B1W, mean_BCW = (F.avg_pool2d(wide(t), self.stride, ceil_mode=True) for t in (real_B1S.to(x_BCS), x_BCS))
@@ -132,7 +125,7 @@ class Volo(Mixer):
 
     def oracle(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Window by window: its matrix, the product with the values of its places, added where they lie."""
-        x_BPC, real_BP1 = self._picture(x_BNC, call)
+        x_BPC, real_BP1 = positions(x_BNC, call.grid, call.mask.keys)
         x_BSC, real_BS = call.grid.unflatten(x_BPC), call.grid.unflatten(real_BP1[..., 0], -1)
         v_BSC = self.v_proj(x_BSC) * real_BS.unsqueeze(-1)
         o_BSC = torch.zeros_like(v_BSC)
