@@ -294,8 +294,8 @@ def main() -> None:
     for what, (lower, median, upper) in found.items():
         print(f"  {what:78} {median:8.2f}   {lower:.2f} to {upper:.2f}")
     for what, (straight, each) in sweeps.items():
-        rates = ", ".join(f"{x:.2f}" for x in each)
-        print(f"  time over visible pairs, {what}: R² {straight:.4f}; seconds per million pairs of a head: {rates}")
+        rates = ", ".join(f"{1e3 * x:.2f}" for x in each)
+        print(f"  time over visible pairs, {what}: R² {straight:.4f}; milliseconds per million pairs: {rates}")
     over_output: dict[str, dict[int, float]] = {}
     for kind in ("sliding window", "blocks"):
         over_output[kind] = {}

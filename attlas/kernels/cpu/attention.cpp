@@ -196,7 +196,7 @@ bool forward(const Problem& p, const Array* arrays) {
             hide(w.scores, chunk, block, -INFINITY);
             const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
             if (n > chunk.n) std::fill_n(w.scores[chunk.n], block.columns, -INFINITY);
-            if (p.normalised) soften<Unit>(w, n, block.columns, E, scale);
+            if (p.normalised) soften<Unit>(w, n, 0, block.columns, E, scale);
             else gate(w, n, block, scale, shift);
 
             // What is not finite must reach the queries that see it and no other: 0 * inf would take it to all. Such

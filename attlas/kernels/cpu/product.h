@@ -61,6 +61,7 @@ struct Matrix {
     T* data;
     int64_t stride;
     T* operator[](int64_t row) const { return data + row * stride; }
+    Matrix from(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
 };
 
 template <class Unit, int NV>
@@ -188,10 +189,10 @@ ATTLAS_INLINE bool finite(const In* row, int width) {
 }
 
 // Of a scratch with (key, query) scores and weights, (feature, query) sums, and the largest score and total weight of
-// each query: turns scores into weights exp(s - largest score so far), which rescales the sums, and adds up their total.
+// each query, for the columns from `first` to `end`: turns scores into weights exp(s - largest score so far), which rescales the sums, and adds up their total.
 template <class Unit, class Scratch>
-void soften(const Scratch& w, int n, int columns, int value_size, float scale) {
-    for (int c = 0; c < columns; c += LANES) {
+void soften(const Scratch& w, int n, int first, int end, int value_size, float scale) {
+    for (int c = first; c < end; c += LANES) {
         const vec before = load(w.largest[0] + c);
         vec largest = before;
         for (int j = 0; j < n; ++j) largest = max(largest, load(w.scores[j] + c) * scale);

@@ -24,7 +24,8 @@ using namespace attlas;
 
 constexpr int QUERIES = 64;  // of a tile
 constexpr int KEYS = 96;     // taken at a time
-static_assert(QUERIES % LANES == 0 && KEYS % ROWS == 0);
+constexpr int STRIP = 16;    // queries that are left out together where none of them sees a key
+static_assert(QUERIES % STRIP == 0 && STRIP % LANES == 0 && KEYS % ROWS == 0);
 
 // Of lists of lists, `x_start` has one entry more than there are things and says where those of each begin.
 struct Plan {
@@ -85,23 +86,23 @@ bool for_all(const Problem& p, int64_t count, F task) {
 
 struct Tile {
     const int32_t* query;
-    int n, columns;  // how many queries, and that rounded up to whole vectors
-    uint64_t full;   // the bits of all queries
+    int n;          // how many queries
+    uint64_t full;  // their bits
     int64_t run, run_end, pattern;
 
     Tile(const Plan& plan, int64_t index)
         : query(plan.query + plan.query_begin[index]),
           n(int(plan.query_end[index] - plan.query_begin[index])),
-          columns((n + LANES - 1) / LANES * LANES),
           full(n == 64 ? ~uint64_t{} : (uint64_t{1} << n) - 1),
           run(plan.run_begin[index]),
           run_end(plan.run_end[index]),
           pattern(plan.pattern ? plan.pattern[index] : -1) {}
 };
 
-// Some of the keys that the tile's queries see.
+// Some of the keys that the tile's queries see, and the strips of queries that see them.
 struct Chunk {
-    int n;
+    int n, first, end;
+    uint64_t full;  // the bits of the tile's queries in these strips
     int32_t token[KEYS];
     uint64_t seen[KEYS];
     int64_t place[KEYS];  // in the pattern
@@ -139,6 +140,16 @@ struct Cursor {
                     seen &= reached;
                 }
                 if (!seen || (keep && !keep[token])) continue;
+                const int first = __builtin_ctzll(seen) / STRIP * STRIP;
+                const int end = (63 - __builtin_clzll(seen)) / STRIP * STRIP + STRIP;
+                if (!chunk.n) {
+                    chunk.first = first;
+                    chunk.end = end;
+                    chunk.full = tile.full & ~uint64_t{} << first & ~uint64_t{} >> (64 - end);
+                } else if (first != chunk.first || end != chunk.end) {
+                    place = here;  // it begins the next chunk
+                    return true;
+                }
                 chunk.token[chunk.n] = token;
                 chunk.seen[chunk.n] = seen;
                 chunk.place[chunk.n++] = here;
@@ -174,11 +185,11 @@ ATTLAS_INLINE vec gather(const float* table, const int32_t* index) {
 }
 
 // Adds the biases to products and hides pairs; returns the factor that is left to make them scores in powers of two.
-float shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Problem& p, const float* bias) {
+float shape(Matrix<float> scores, const Chunk& chunk, const Problem& p, const float* bias) {
     float factor = p.scale * LOG2_E;
     if (bias || factor <= 0.0f) {  // a factor that is left must leave -inf what it is
         for (int j = 0; j < chunk.n; ++j)
-            for (int c = 0; c < tile.columns; c += LANES) {
+            for (int c = chunk.first; c < chunk.end; c += LANES) {
                 vec x = load(scores[j] + c) * factor;
                 if (bias) x += gather(bias, p.plan.entry + chunk.place[j] * QUERIES + c) * LOG2_E;
                 store(scores[j] + c, x);
@@ -186,8 +197,8 @@ float shape(Matrix<float> scores, const Chunk& chunk, const Tile& tile, const Pr
         factor = 1.0f;
     }
     for (int j = 0; j < chunk.n; ++j)
-        if (chunk.seen[j] != tile.full)
-            for (int c = 0; c < tile.columns; c += LANES)
+        if (chunk.seen[j] != chunk.full)
+            for (int c = chunk.first; c < chunk.end; c += LANES)
                 store(scores[j] + c, where(chunk.seen[j] >> c, load(scores[j] + c), spread(-INFINITY)));
     return factor;
 }
@@ -206,16 +217,34 @@ struct Finite {
     const uint8_t* of(const Problem& p, int64_t b, int64_t g) const { return flags.get() + (b * p.groups + g) * p.keys; }
 };
 
-template <class In, class Unit>
-void pack_keys(Rows<const In> rows, const Chunk& chunk, int width, Matrix<Unit> out) {
-    for (int j = 0; j < chunk.n; ++j) pack_row(rows[chunk.token[j]], width, out[j]);
+// Whether a chunk's rows lie side by side, with room behind them for what a register tile reads beyond.
+template <class In>
+bool together(Rows<const In> rows, const Chunk& chunk, int width, int64_t keys) {
+    const int64_t first = chunk.token[0], last = chunk.token[chunk.n - 1];
+    return last - first == chunk.n - 1 && last + ROWS < keys && rows.stride == width && width >= ROWS;
 }
 
-// Units of neighbouring keys, with zeros for those that use(j) excludes.
+// Units of features of the keys: the rows themselves where they can stay where they are, else packed into scratch.
+template <class In, class Unit>
+Matrix<const Unit> key_rows(Rows<const In> rows, const Chunk& chunk, int width, int64_t keys, Matrix<Unit> scratch) {
+    if constexpr (std::is_same_v<In, Unit>)
+        if (together(rows, chunk, width, keys)) return {rows[chunk.token[0]], rows.stride};
+    for (int j = 0; j < chunk.n; ++j) pack_row(rows[chunk.token[j]], width, scratch[j]);
+    return {scratch.data, scratch.stride};
+}
+
+// Likewise units of neighbouring keys, with zeros for those that use(j) excludes.
 template <class In, class Unit, class F>
-void pack_key_pairs(Rows<const In> rows, const Chunk& chunk, int width, const In* zeros, Matrix<Unit> out, F use) {
+Matrix<const Unit> key_pairs(Rows<const In> rows, const Chunk& chunk, int width, int64_t keys, const In* zeros,
+                             Matrix<Unit> scratch, F use) {
+    if constexpr (std::is_same_v<In, Unit>) {
+        bool all = together(rows, chunk, width, keys);
+        for (int j = 0; all && j < chunk.n; ++j) all = use(j);
+        if (all) return {rows[chunk.token[0]], rows.stride};
+    }
     const auto row = [&](int j) { return j < chunk.n && use(j) ? rows[chunk.token[j]] : zeros; };
-    for (int j = 0; j < chunk.n; j += STEP<Unit>) pack_rows(row(j), row(j + 1), width, out[j / STEP<Unit>]);
+    for (int j = 0; j < chunk.n; j += STEP<Unit>) pack_rows(row(j), row(j + 1), width, scratch[j / STEP<Unit>]);
+    return {scratch.data, scratch.stride};
 }
 
 // Units of the tile's rows, transposed: lanes are queries. `rows` is scratch.
@@ -254,18 +283,21 @@ void attend(const Problem& p, const Tile& tile, int64_t b, Rows<const In> k_rows
     const int D = p.key_size, E = p.value_size;
     Cursor cursor(p, tile, b);
     for (Chunk chunk; cursor.fill(chunk);) {
-        pack_keys(k_rows, chunk, D, w.keys);
-        multiply(w.scores, chunk.n, tile.columns, w.keys.data, w.keys.stride, 1, w.queries, int(units<Unit>(D)), false);
-        const float factor = shape(w.scores, chunk, tile, p, bias);
+        const int first = chunk.first, columns = chunk.end - first;
+        const auto keys = key_rows(k_rows, chunk, D, p.keys, w.keys);
+        multiply(w.scores.from(0, first), chunk.n, columns, keys.data, keys.stride, 1, w.queries.from(0, first),
+                 int(units<Unit>(D)), false);
+        const float factor = shape(w.scores, chunk, p, bias);
         const int n = int(units<Unit>(chunk.n)) * STEP<Unit>;
-        if (n > chunk.n) std::fill_n(w.scores[chunk.n], tile.columns, -INFINITY);
-        soften<Unit>(w, n, tile.columns, E, factor);
+        if (n > chunk.n) std::fill_n(w.scores[chunk.n] + first, columns, -INFINITY);
+        soften<Unit>(w, n, first, chunk.end, E, factor);
 
         // What is not finite must reach the queries that see it and no other: such rows are multiplied as zeros and
         // added pair by pair.
         const auto plain = [&](int j) { return chunk.seen[j] == tile.full || finite[chunk.token[j]]; };
-        pack_key_pairs(v_rows, chunk, E, (const In*)w.zeros.data, w.values, plain);
-        multiply(w.sum, E, tile.columns, w.values.data, 1, w.values.stride, w.weights, n / STEP<Unit>, true);
+        const auto values = key_pairs(v_rows, chunk, E, p.keys, (const In*)w.zeros.data, w.values, plain);
+        multiply(w.sum.from(0, first), E, columns, values.data, 1, values.stride, w.weights.from(0, first),
+                 n / STEP<Unit>, true);
         for (int j = 0; j < chunk.n; ++j)
             if (!plain(j))
                 for (int f = 0; f < E; ++f)
@@ -275,8 +307,8 @@ void attend(const Problem& p, const Tile& tile, int64_t b, Rows<const In> k_rows
 }
 
 template <class Unit>
-void normalise(const ForwardScratch<Unit>& w, int columns, int value_size) {
-    for (int c = 0; c < columns; c += LANES) {
+void normalise(const ForwardScratch<Unit>& w, int queries, int value_size) {
+    for (int c = 0; c < queries; c += LANES) {
         const vec total = load(w.total[0] + c);
         const vec inverse = total == 0.0f ? vec{} : 1.0f / total;
         for (int f = 0; f < value_size; ++f) store(w.sum[f] + c, load(w.sum[f] + c) * inverse);
@@ -292,6 +324,8 @@ bool forward(const Problem& p, const Array* arrays, float* totals) {
     const int D = p.key_size, E = p.value_size;
     const int64_t shared = p.heads / p.groups;
     const Finite finite_values(p, v, E, (const In*)nullptr);
+    if (p.plan.once)
+        advise_huge_pages(reinterpret_cast<void*>(o.address), p.batch * p.heads * p.queries * E * sizeof(In));
 
     return for_all<ForwardScratch<Unit>>(p, p.batch * p.heads * p.most_groups, [&](int64_t i, auto& w) {
         const int64_t b = i / p.most_groups / p.heads, h = i / p.most_groups % p.heads, plan = p.plan_of(b, h);
@@ -310,7 +344,7 @@ bool forward(const Problem& p, const Array* arrays, float* totals) {
                 std::fill_n(w.total[0], QUERIES, 0.0f);
                 std::fill_n(w.sum[0], padded(E) * QUERIES, 0.0f);
                 attend<In>(p, tile, b, k_rows, v_rows, finite_values.of(p, b, h / shared), bias, w);
-                normalise(w, tile.columns, E);
+                normalise(w, tile.n, E);
                 turn_out(w.sum, tile.n, E, 1.0f, Rows<float>{w.results.data, w.results.stride});
                 const auto o_rows = o.rows<In>(b, h);
                 for (int r = 0; r < tile.n; ++r) {
@@ -388,15 +422,15 @@ struct BackwardScratch {
 // Weights and the gradients of scores, as units of neighbouring queries and of neighbouring keys. Those of hidden pairs
 // are 0, whatever the query or the key holds.
 template <class Unit>
-void differentiate(const BackwardScratch<Unit>& w, const Chunk& chunk, const Tile& tile, float factor) {
+void differentiate(const BackwardScratch<Unit>& w, const Chunk& chunk, float factor) {
     for (int j = 0; j < chunk.n; j += STEP<Unit>)
-        for (int c = 0; c < tile.columns; c += LANES) {
+        for (int c = chunk.first; c < chunk.end; c += LANES) {
             vec dscore[2]{};
             for (int i = 0; i < STEP<Unit> && j + i < chunk.n; ++i) {
                 vec weight = rounded(load(w.scores[j + i] + c) * factor) - load(w.lse[0] + c);
                 weight = exp2(min(vec{}, weight));
                 dscore[i] = weight * (load(w.dweights[j + i] + c) - load(w.delta[0] + c));
-                if (chunk.seen[j + i] != tile.full) {
+                if (chunk.seen[j + i] != chunk.full) {
                     weight = where(chunk.seen[j + i] >> c, weight, vec{});
                     dscore[i] = where(chunk.seen[j + i] >> c, dscore[i], vec{});
                 }
@@ -413,7 +447,16 @@ ATTLAS_INLINE void add_row(float* out, const float* x, float factor, int width) 
         store_first(out + f, load_first(out + f, width - f) + load(x + f) * factor, width - f);
 }
 
-// arrays: q, k, v, o, lse, do; results dq, dk, dv, dbias, all float and 0 before. dk and dv have a leading axis of
+// Sets so many floats to 0, which are dense in memory, and most likely fresh.
+void clear(const Problem& p, const Array& array, int64_t count) {
+    auto* const data = reinterpret_cast<float*>(array.address);
+    advise_huge_pages(data, count * sizeof(float));
+    constexpr int64_t PIECE = 1 << 16;
+#pragma omp parallel for num_threads(p.threads) if (p.parallel())
+    for (int64_t i = 0; i < count; i += PIECE) std::fill_n(data + i, std::min(PIECE, count - i), 0.0f);
+}
+
+// arrays: q, k, v, o, lse, do; results dq, dk, dv, dbias, all float; dbias is 0 before. dk and dv have a leading axis of
 // `shares`, dbias is (batch * shares, heads, biases); the caller adds these up.
 template <class In>
 bool backward(const Problem& p, const Array* arrays) {
@@ -421,9 +464,12 @@ bool backward(const Problem& p, const Array* arrays) {
     const Array &q = arrays[0], &k = arrays[1], &v = arrays[2], &o = arrays[3], &lse = arrays[4], &grad = arrays[5];
     const Array &dq = arrays[6], &dk = arrays[7], &dv = arrays[8], &dbias = arrays[9];
     const int D = p.key_size, E = p.value_size;
-    const int64_t shared = p.heads / p.groups, d = whole(D), e = whole(E);
+    const int64_t shared = p.heads / p.groups;
 
     const Finite finite_keys(p, k, D, (const In*)nullptr);
+    clear(p, dq, p.batch * p.heads * p.queries * D);
+    clear(p, dk, p.shares * p.batch * p.groups * p.keys * D);
+    clear(p, dv, p.shares * p.batch * p.groups * p.keys * E);
 
     return for_all<BackwardScratch<Unit>>(p, p.batch * p.groups * p.shares, [&](int64_t i, auto& w) {
         const int64_t b = i / p.shares / p.groups, g = i / p.shares % p.groups, share = i % p.shares;
@@ -471,28 +517,29 @@ bool backward(const Problem& p, const Array* arrays) {
 
                     Cursor cursor(p, tile, b);
                     for (Chunk chunk; cursor.fill(chunk);) {
-                        pack_keys(k_rows, chunk, D, w.keys);
-                        pack_keys(v_rows, chunk, E, w.values);
+                        const auto keys = key_rows(k_rows, chunk, D, p.keys, w.keys);
+                        const auto values = key_rows(v_rows, chunk, E, p.keys, w.values);
                         // A key that is not finite makes the weights of those who see it so; to others it is nothing.
-                        pack_key_pairs(k_rows, chunk, D, zeros, w.key_pairs, [&](int j) {
+                        const auto pairs = key_pairs(k_rows, chunk, D, p.keys, zeros, w.key_pairs, [&](int j) {
                             return chunk.seen[j] == tile.full || finite[chunk.token[j]];
                         });
-                        multiply(w.scores, chunk.n, tile.columns, w.keys.data, d, 1, w.q_lanes, int(units<Unit>(D)),
-                                 false);
-                        multiply(w.dweights, chunk.n, tile.columns, w.values.data, e, 1, w.grad_lanes,
-                                 int(units<Unit>(E)), false);
-                        const float factor = shape(w.scores, chunk, tile, p, bias);
-                        differentiate(w, chunk, tile, factor);
+                        const int first = chunk.first, columns = chunk.end - first;
+                        multiply(w.scores.from(0, first), chunk.n, columns, keys.data, keys.stride, 1,
+                                 w.q_lanes.from(0, first), int(units<Unit>(D)), false);
+                        multiply(w.dweights.from(0, first), chunk.n, columns, values.data, values.stride, 1,
+                                 w.grad_lanes.from(0, first), int(units<Unit>(E)), false);
+                        differentiate(w, chunk, shape(w.scores, chunk, p, bias));
+                        const int last = std::min(chunk.end, tile.n);
                         if (bias)
                             for (int j = 0; j < chunk.n; ++j)
-                                for (int r = 0; r < tile.n; ++r)
+                                for (int r = first; r < last; ++r)
                                     dbias_of[p.plan.entry[chunk.place[j] * QUERIES + r]] += w.scores[j][r];
-                        const int query_units = int(units<Unit>(tile.n));
-                        multiply(w.dv, chunk.n, (E + LANES - 1) / LANES * LANES, w.weight_rows.data, QUERIES, 1,
-                                 w.grad_pairs, query_units, false);
-                        multiply(w.dk, chunk.n, (D + LANES - 1) / LANES * LANES, w.dscore_rows.data, QUERIES, 1,
-                                 w.q_pairs, query_units, false);
-                        multiply(w.dq, D, tile.columns, w.key_pairs.data, 1, d, w.dscores,
+                        const int unit = first / STEP<Unit>, query_units = int(units<Unit>(last - first));
+                        multiply(w.dv, chunk.n, whole(E), w.weight_rows[0] + unit, QUERIES, 1,
+                                 w.grad_pairs.from(unit, 0), query_units, false);
+                        multiply(w.dk, chunk.n, whole(D), w.dscore_rows[0] + unit, QUERIES, 1,
+                                 w.q_pairs.from(unit, 0), query_units, false);
+                        multiply(w.dq.from(0, first), D, columns, pairs.data, 1, pairs.stride, w.dscores.from(0, first),
                                  int(units<Unit>(chunk.n)), true);
                         for (int j = 0; j < chunk.n; ++j) {
                             add_row(dk_rows[chunk.token[j]], w.dk[j], p.scale, D);

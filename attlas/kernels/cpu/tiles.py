@@ -250,15 +250,15 @@ def _backward(
     # Keys of a head belong to one unit of work; where these are too few for the threads, each has shares, summed here.
     owners = batch * groups
     shares = min(plan.groups, -(-2 * threads // owners)) if owners % threads and owners < 4 * threads else 1
-    dq = like_queries(q, q.shape[1], q.shape[2], q.shape[3], torch.float32).zero_()
-    dk, dv = (x.new_zeros(shares * batch, *x.shape[1:], dtype=torch.float32) for x in (k, v))
+    dq = like_queries(q, q.shape[1], q.shape[2], q.shape[3], torch.float32)
+    dk, dv = (x.new_empty(shares * batch, *x.shape[1:], dtype=torch.float32) for x in (k, v))
     keep, table = None if keep is None else keep.contiguous(), _table(bias)
     dtable = q.new_zeros(batch * shares, q.shape[1], 0 if table is None else table.shape[1], dtype=torch.float32)
     problem = _problem(plan, q, k, v, keep, table, causal, scale, shares)
     rows = [dense_rows(x) for x in (q, k, v, o, lse, grad_o)]
     if _library().attlas_tiles_backward(problem, places(*rows, dq, dk, dv, dtable)):
         raise MemoryError("the tile kernel found no memory for its scratch")
-    dk, dv = (x.view(shares, *like.shape).sum(0) for x, like in ((dk, k), (dv, v)))
+    dk, dv = (x if shares == 1 else x.view(shares, *like.shape).sum(0) for x, like in ((dk, k), (dv, v)))
     dbias = dtable[:0] if bias is None else dtable.sum(0)[:, :-1].reshape(bias.shape).to(bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
 
