@@ -183,8 +183,10 @@ class Mechanism(nn.Module, ABC):
     ) -> Cost:
         """FLOPs and pairs of one forward at these sizes; `keys` only for cross-attention."""
         cross = keys is not None
-        grid = self._default_grid() if grid is None else grid
-        return self.count(Sizes(batch, queries, queries if keys is None else keys, Grid.of(grid, queries), cross))
+        grid = Grid.of(self._default_grid() if grid is None else grid, queries)
+        if grid.rank not in self.spec.grids:
+            raise self._unsupported(f"a {grid}", grid=grid.rank)
+        return self.count(Sizes(batch, queries, queries if keys is None else keys, grid, cross))
 
     @abstractmethod
     def count(self, sizes: Sizes) -> Cost:

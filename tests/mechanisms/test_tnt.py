@@ -134,3 +134,8 @@ def test_streams_that_do_not_fit_are_refused():
     for wrong in ((sentences[..., :7], words), (sentences[:, :5], words), (sentences, words[..., :3])):
         with pytest.raises(BadInput, match=r"sentences are .batch, tokens, 8. and words"):
             layer.pack(*wrong)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(768, 4), (64, 2), (32, 1)])
+def test_words_have_as_many_heads_as_divide_their_channels(dim, heads):
+    assert attlas.mixer("tnt", dim, 4, grid=(2, 2)).inner.heads == heads

@@ -129,10 +129,17 @@ def test_where_all_similarities_are_equal_everything_is_kept(scope):
     assert kept_pairs(torch.ones_like(q) * 0.1, torch.ones_like(k) * 0.1, blocks=((2, 2, 2),), scope=scope).all()
 
 
+@pytest.mark.parametrize(
+    ("grid", "block"), [((40,), (16,)), ((9,), (9,)), ((7, 3), (4, 3)), ((2, 4, 4), (2, None, None))]
+)
+def test_default_blocks_are_cut_to_the_grid(grid, block):
+    assert attlas.make_attend("vmoba", HEADS, SIZE, grid=grid)._block(attlas.Grid(grid)) == block
+
+
 def test_layers_use_the_partitions_in_turn():
     blocks = tuple(PARTITIONS[name] for name in ("1-D", "2-D", "3-D"))
     layers = [attlas.mixer("vmoba", 16, 2, grid=GRID, layer=n, blocks=blocks) for n in range(5)]
-    assert [layer.attend.block for layer in layers] == [*blocks, *blocks[:2]]
+    assert [layer.attend._block(attlas.Grid(GRID)) for layer in layers] == [*blocks, *blocks[:2]]
     default = attlas.mixer("vmoba", 16, 2, grid=(21, 20, 32), layer=0)
     counts = [attlas.mixer("vmoba", 16, 2, grid=(21, 20, 32), layer=n).attend for n in range(3)]
     assert [attend._order(default.attend.site.grid).tiles for attend in counts] == [7, 40, 60]
@@ -223,7 +230,7 @@ def test_no_other_block_leaves_the_own_one():
         ({"blocks": ((0, 2),)}, "of at least 1, or None"),
         ({"blocks": ((2, 2),), "grid": GRID}, "are for 2 axes, the grid has 3"),
         ({"blocks": ((5, 2, 2),), "grid": GRID}, r"blocks of \(5, 2, 2\) .* at most \(4, 4, 6\)"),
-        ({"grid": (2, 4, 4)}, r"blocks of \(3, None, None\) reach over the grid 2x4x4"),
+        ({"grid": (2, 4, 4), "blocks": ((3, None, None),)}, r"blocks of \(3, None, None\) reach over the grid 2x4x4"),
     ],
 )
 def test_what_has_no_meaning_is_refused(settings, words):
@@ -233,4 +240,4 @@ def test_what_has_no_meaning_is_refused(settings, words):
 
 def test_a_grid_of_other_axes_is_refused_at_the_call():
     with pytest.raises(BadInput, match="a number, or None for all, per axis"):
-        attlas.attend(*qkv(12), "vmoba", grid=(3, 4))
+        attlas.attend(*qkv(12), "vmoba", grid=(3, 4), blocks=((2, 2, 2),))

@@ -314,7 +314,7 @@ class SGFormer(Mixer):
     def _fit(self, grid: Grid) -> None:
         """Raise where the grid has other axes than two, or does not hold a cell and a window."""
         if grid.rank != 2:
-            raise BadInput(f"sg_former looks at a picture, got a {grid}: pass grid=(height, width)")
+            raise self._unsupported(f"a {grid}", grid=grid.rank)
         cell_shape(grid, self.hybrid.reduction)
         if self.hybrid.window > min(grid.shape):
             raise BadInput(

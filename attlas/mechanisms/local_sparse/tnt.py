@@ -107,7 +107,7 @@ class TNT(Mixer):
         backend: of the softmax attentions.
         words: m, of a sentence.
         word_dim: c; by default words have half of the channels, as in the published sizes.
-        word_heads: heads of the words.
+        word_heads: heads of the words; by default four as published, or as many of them as divide c.
         ratio: how many times wider both MLPs are.
         bias: of the query, key and value projections.
     """
@@ -119,12 +119,12 @@ class TNT(Mixer):
         *,
         words: int = 16,
         word_dim: int | None = None,
-        word_heads: int = 4,
+        word_heads: int | None = None,
         ratio: float = 4.0,
         bias: bool = False,
     ) -> None:
         super().__init__(site, backend)
-        if words < 1 or word_heads < 1:
+        if words < 1 or (word_heads is not None and word_heads < 1):
             raise BadInput(f"words and word_heads are at least 1, got {words} and {word_heads}")
         word_dim = site.dim // (2 * words) if word_dim is None else word_dim
         dim = site.dim - words * word_dim
@@ -133,6 +133,7 @@ class TNT(Mixer):
                 f"dim holds a sentence and its {words} words: {site.dim} channels leave {dim} for a sentence beside "
                 f"words of {word_dim}; take fewer words, or dim = sentence channels + words x word_dim"
             )
+        word_heads = math.gcd(4, word_dim) if word_heads is None else word_heads
         for name, count, width in (("heads", site.heads, dim), ("word_heads", word_heads, word_dim)):
             if width % count:
                 raise BadInput(f"{name} must divide its channels: {width} do not split into {count}")

@@ -52,6 +52,11 @@ from attlas.ops.topk import descending, largest
 
 SMALL = 1e-6  # spreads up to this share of the largest similarity are rounding
 KEPT_AXES = {"all": 1, "head": 2, "block": 2, "query": 3}
+BLOCKS: dict[int, tuple[tuple[int | None, ...], ...]] = {
+    1: ((16,),),
+    2: ((4, 4),),
+    3: ((3, None, None), (None, 4, 4), (7, 4, 8)),
+}
 PROJECTIONS = 4 * (16 * 16 + 16)
 
 SPEC = Spec(
@@ -89,7 +94,7 @@ class VMoBA(Attend):
         site: where it is installed; its layer picks the blocks.
         backend: of `block_sparse_attention`.
         blocks: shapes of a block, used in turn from layer to layer: places on each axis of the grid, None for the
-            whole axis.
+            whole axis. By default those of `BLOCKS`, cut to the grid: of a video the published ones.
         scope: "head", "query", "block" or "all": which similarities compete.
         threshold: share of the similarity of a scope that is kept, 0 to 1.
         top: K, blocks per query and head, the own one included, instead of a threshold; not with scope "block".
@@ -100,7 +105,7 @@ class VMoBA(Attend):
         site: Site,
         backend: str = "auto",
         *,
-        blocks: Sequence[Sequence[int | None]] = ((3, None, None), (None, 4, 4), (7, 4, 8)),
+        blocks: Sequence[Sequence[int | None]] | None = None,
         scope: str = "head",
         threshold: float = 0.25,
         top: int | None = None,
@@ -114,34 +119,46 @@ class VMoBA(Attend):
             raise BadInput(f"top counts blocks, the own one included: a whole number of at least 1, got {top!r}")
         if top is not None and scope == "block":
             raise BadInput("top counts the blocks of a query, which scope 'block' does not: give a threshold")
-        if not (isinstance(blocks, Sequence) and blocks and all(map(_is_shape, blocks))):
+        if blocks is not None and not (isinstance(blocks, Sequence) and blocks and all(map(_is_shape, blocks))):
             raise BadInput(
                 "blocks is a sequence of shapes, at least one, and a shape has a whole number of at least 1, or None "
                 f"for all, per axis, as ((2, 2),): got {blocks!r}"
             )
-        self.block = tuple(blocks[site.layer % len(blocks)])
+        self.blocks = blocks
         self.scope, self.threshold, self.top = scope, threshold, top
         if site.grid is not None:
             self._order(site.grid)
 
     def _order(self, grid: Grid) -> TileOrder:
         """The blocks as tiles of the grid."""
-        if len(self.block) != grid.rank:
+        block = self._block(grid)
+        if len(block) != grid.rank:
             raise BadInput(
-                f"blocks of {self.block} are for {len(self.block)} axes, the grid has {grid.rank}: pass blocks with "
-                "a number, or None for all, per axis"
+                f"blocks of {block} are for {len(block)} axes, the grid has {grid.rank}: pass blocks with a number, or "
+                "None for all, per axis"
             )
         tile = self._sides(grid)
         if any(side > length for side, length in zip(tile, grid.shape, strict=True)):
             raise BadInput(
-                f"blocks of {self.block} reach over the {grid}: pass blocks of at most {grid.shape}, "
-                "or with None for a whole axis"
+                f"blocks of {block} reach over the {grid}: pass blocks of at most {grid.shape}, or with None for a "
+                "whole axis"
             )
         return TileOrder(grid.shape, tile)
 
+    def _block(self, grid: Grid) -> tuple[int | None, ...]:
+        """The shape that is this layer's turn."""
+        if self.blocks is not None:
+            return tuple(self.blocks[self.site.layer % len(self.blocks)])
+        shapes = BLOCKS[grid.rank]
+        shape = shapes[self.site.layer % len(shapes)]
+        return tuple(
+            None if side is None else min(side, length) for side, length in zip(shape, grid.shape, strict=True)
+        )
+
     def _sides(self, grid: Grid) -> tuple[int, ...]:
         """Places of a block on each axis."""
-        return tuple(length if side is None else side for side, length in zip(self.block, grid.shape, strict=True))
+        sides = zip(self._block(grid), grid.shape, strict=True)
+        return tuple(length if side is None else side for side, length in sides)
 
     def compute(self, q_BHND: Tensor, k_BGND: Tensor, v_BGND: Tensor, call: Call) -> Tensor:
         """Order keys by blocks, select, attend."""
