@@ -273,22 +273,58 @@ ATTLAS_INLINE void load_two(const bf16* p, vec& first, vec& second) {
     second = (vec)(both & 0xffff0000);
 }
 
-// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features. Where values lie side by side,
-// ASKS for those that follow.
+// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features. Several rows of bfloat16 take
+// two keys at a time, whose weights are rounded for it. Where values lie side by side, ASKS for those that follow.
 template <int ROWS, int PAIRS, bool ASKS, class Values>
 ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, const Values& values, int n, int64_t f) {
     vec acc[ROWS][2 * PAIRS];
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] = load(sum + r * stride + f + i * LANES);
+    const auto ask = [&](const auto* pair) {
+        if constexpr (ASKS)
+            for (unsigned line = 0; line < 2 * LANES * sizeof *pair; line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(pair) + VALUES_AHEAD + line);
+    };
+    int j = 0;
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    using Cache = std::remove_cv_t<std::remove_pointer_t<std::decay_t<decltype(values[0])>>>;
+    if constexpr (ROWS > 1 && std::is_same_v<Cache, bf16>) {  // two keys at a time
+        uint32_t both[ROWS][WEIGHTS / 2];  // their weights
+        for (int r = 0; r < ROWS; ++r)
+            for (int i = 0; i + 1 < n; i += 2 * LANES) {
+                const float* const row = weights + r * WEIGHTS + i;
+                const auto pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(row + LANES), (__m512)load(row));
+                std::memcpy(both[r] + i / 2, &pairs, sizeof pairs);
+            }
 #pragma GCC unroll 1
-    for (int j = 0; j < n; ++j) {
+        for (; j + 1 < n; j += 2) {
+            vec_u32 value[2 * PAIRS];
+            for (int i = 0; i < PAIRS; ++i) {
+                const bf16* const first = values[j] + f + 2 * i * LANES;
+                const bf16* const next = values[j + 1] + f + 2 * i * LANES;
+                vec_u32 low, high;
+                std::memcpy(&low, first, sizeof low);
+                std::memcpy(&high, next, sizeof high);
+                value[2 * i] = (low & 0xffff) | (high << 16);
+                value[2 * i + 1] = (low >> 16) | (high & 0xffff0000);
+                ask(first);
+                ask(next);
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                const auto weight = (__m512bh)_mm512_set1_epi32(int(both[r][j / 2]));
+                for (int i = 0; i < 2 * PAIRS; ++i)
+                    acc[r][i] = (vec)_mm512_dpbf16_ps((__m512)acc[r][i], weight, (__m512bh)value[i]);
+            }
+        }
+    }
+#endif
+#pragma GCC unroll 1
+    for (; j < n; ++j) {
         vec value[2 * PAIRS];
         for (int i = 0; i < PAIRS; ++i) {
             const auto* const pair = values[j] + f + 2 * i * LANES;
             load_two(pair, value[2 * i], value[2 * i + 1]);
-            if constexpr (ASKS)
-                for (unsigned line = 0; line < 2 * LANES * sizeof *pair; line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(pair) + VALUES_AHEAD + line);
+            ask(pair);
         }
         for (int r = 0; r < ROWS; ++r)
             for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
@@ -300,7 +336,7 @@ ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, co
 template <int ROWS, bool ASKS = false, class Values>
 ATTLAS_INLINE void add_values(float* sum, int64_t stride, const float* weights, const Values& values, int n) {
     int64_t f = 0;
-    if constexpr (ROWS == 1)  // whole values where the registers hold their sums: memory is read as it lies
+    if constexpr (ROWS <= 2)  // whole values where the registers hold their sums: memory is read as it lies
         for (; f + 8 * LANES <= stride; f += 8 * LANES) add_part<ROWS, 4, ASKS>(sum, stride, weights, values, n, f);
     for (; f + 4 * LANES <= stride; f += 4 * LANES) add_part<ROWS, 2, ASKS>(sum, stride, weights, values, n, f);
     for (; f < stride; f += 2 * LANES) add_part<ROWS, 1, ASKS>(sum, stride, weights, values, n, f);
@@ -490,11 +526,12 @@ struct Worker {
             add_values<rows(), asks()>(sum(row), partial.size, weights(row), values, step.n);
             row += rows();
         };
-        constexpr std::integral_constant<int, GROUP> group;
+        constexpr int TOGETHER = NEAR && CAN_DOT ? 2 : GROUP;  // of two rows the registers hold all sums
+        constexpr std::integral_constant<int, TOGETHER> group;
         constexpr std::integral_constant<int, 1> one;
-        if (NEAR && p.rows() >= GROUP) add_rows(group, std::bool_constant<NEAR>());  // the first rows ask for all
+        if (NEAR && p.rows() >= TOGETHER) add_rows(group, std::bool_constant<NEAR>());  // the first rows ask for all
         else if (NEAR) add_rows(one, std::bool_constant<NEAR>());
-        while (row + GROUP <= p.rows()) add_rows(group, std::false_type());
+        while (row + TOGETHER <= p.rows()) add_rows(group, std::false_type());
         while (row < p.rows()) add_rows(one, std::false_type());
     }
 };
