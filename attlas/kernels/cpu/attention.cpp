@@ -97,29 +97,6 @@ struct Problem {
     bool parallel() const { return batch * heads * queries * keys * (key_size + value_size) >= WORTH_THREADS; }
 };
 
-// Calls task(i, scratch of the thread) for i < count. False if there is no memory for the scratch.
-template <class Scratch, class F>
-bool for_all(const Problem& p, int64_t count, F task) {
-    const int threads = p.parallel() ? p.threads : 1;
-    Arena counting{nullptr};
-    Scratch().place(counting, p);
-    const int64_t bytes = counting.used;
-    const std::unique_ptr<char, void (*)(void*)> memory(
-        static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, threads * bytes))), std::free);
-    if (!memory) return false;
-    advise_huge_pages(memory.get(), threads * bytes);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Arena arena{memory.get() + omp_get_thread_num() * bytes};
-        std::memset(arena.memory, 0, bytes);
-        Scratch scratch;
-        scratch.place(arena, p);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; ++i) task(i, scratch);
-    }
-    return true;
-}
-
 // Units of a block's rows, transposed: lanes are queries. `rows` is scratch.
 template <class In, class Unit>
 void pack_lanes(Rows<const In> in, const Block& block, int width, Matrix<Unit> rows, Matrix<Unit> out) {

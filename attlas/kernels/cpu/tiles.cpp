@@ -62,28 +62,6 @@ struct Problem {
 // Rows of so many whole vectors; rows that are made in whole register tiles there are padded(n) of.
 int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// Calls task(i, scratch of the thread) for i < count. False if there is no memory for the scratch.
-template <class Scratch, class F>
-bool for_all(const Problem& p, int64_t count, F task) {
-    const int threads = p.parallel() ? p.threads : 1;
-    Arena counting{nullptr};
-    Scratch().place(counting, p);
-    const int64_t bytes = counting.used;
-    const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(64, threads * bytes)),
-                                                        std::free);
-    if (!memory) return false;
-    std::memset(memory.get(), 0, threads * bytes);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Arena arena{memory.get() + omp_get_thread_num() * bytes};
-        Scratch scratch;
-        scratch.place(arena, p);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; ++i) task(i, scratch);
-    }
-    return true;
-}
-
 struct Tile {
     const int32_t* query;
     int n;          // how many queries
