@@ -1,0 +1,111 @@
+"""From pictures to maps and tokens: stems, patches, downsampling, learned places.
+
+B batch, N tokens, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
+
+MapNorm = Callable[[int], nn.Module]
+
+
+class Downsample(nn.Module):
+    """norm(conv(norm(x))): a strided convolution of a map, with the norms that are asked for.
+
+    Args:
+        dim, out: channels in and out.
+        kernel, stride: of the convolution.
+        padding: places of zeros around the map; kernel // 2 by default, 0 for patches that do not overlap.
+        before, after: make norms over the channels of a map.
+        bias: of the convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        kernel: int,
+        stride: int,
+        *,
+        padding: int | None = None,
+        before: MapNorm | None = None,
+        after: MapNorm | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if padding is None:
+            padding = 0 if kernel == stride else kernel // 2
+        self.before = nn.Identity() if before is None else before(dim)
+        self.conv = nn.Conv2d(dim, out, kernel, stride, padding, bias=bias)
+        self.after = nn.Identity() if after is None else after(out)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """A smaller map."""
+        return self.after(self.conv(self.before(x_BCHW)))
+
+
+class Patches(nn.Module):
+    """Pictures cut into patches that do not overlap, each projected to a token.
+
+    Args:
+        in_chans: channels of the pictures.
+        dim: C.
+        size: of a patch, in pixels.
+        bias: of the projection.
+    """
+
+    def __init__(self, in_chans: int, dim: int, size: int, bias: bool = True) -> None:
+        super().__init__()
+        self.size = size
+        self.conv = nn.Conv2d(in_chans, dim, size, size, bias=bias)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """A map (B, C, H / size, W / size).
+
+        Raises:
+            BadInput: a picture that does not divide into patches.
+        """
+        height, width = image_BCHW.shape[2:]
+        if height % self.size or width % self.size:
+            raise BadInput(
+                f"pictures are cut into patches of {self.size} x {self.size}, which {height} x {width} does not divide "
+                f"into; resize or pad them to {-height % self.size + height} x {-width % self.size + width}"
+            )
+        return self.conv(image_BCHW)
+
+
+class Places(nn.Module):
+    """One learned vector for every place of a grid (and every prefix token), added to the tokens.
+
+    On another grid than the trained one the vectors of the places are resampled, bicubic and without aliasing.
+
+    Args:
+        dim: C.
+        grid: that it is trained on, its prefix tokens included.
+    """
+
+    def __init__(self, dim: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.empty(grid.tokens, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x_BNC: Tensor, grid: Grid) -> Tensor:
+        """Tokens that know where they stand."""
+        weight: Tensor = self.weight
+        if grid.prefix != self.grid.prefix:
+            raise BadInput(f"places were made for {self.grid.prefix} prefix tokens, got a {grid}")
+        if grid.shape != self.grid.shape:
+            prefix, places = self.grid.split(weight)
+            table_1CHW = self.grid.unflatten(places).permute(2, 0, 1).unsqueeze(0)
+            table_1CHW = F.interpolate(table_1CHW.float(), grid.shape, mode="bicubic", antialias=True)
+            weight = torch.cat([prefix, table_1CHW[0].flatten(1).T.to(weight.dtype)])
+        return x_BNC + weight

@@ -1,0 +1,59 @@
+"""Blocks in a row, with gradient checkpointing, and the way from maps to tokens and back.
+
+B batch, N tokens, C channels, H and W the height and width of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attlas.core.grid import Grid
+
+
+def to_tokens(x_BCHW: Tensor) -> tuple[Tensor, Grid]:
+    """A map as tokens (B, H W, C), and how they lie; a view where channels lie innermost in memory."""
+    return x_BCHW.flatten(2).transpose(1, 2), Grid(tuple(x_BCHW.shape[2:]))
+
+
+def to_map(x_BNC: Tensor, grid: Grid) -> Tensor:
+    """Tokens without a prefix as a map (B, C, H, W), a view."""
+    return x_BNC.transpose(1, 2).unflatten(2, grid.shape)
+
+
+class Stage(nn.Module):
+    """Blocks on maps (B, C, H, W), one after another.
+
+    Attributes:
+        checkpointing: whether activations inside the blocks are computed again in the backward pass, to save memory.
+    """
+
+    checkpointing = False
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def run(self, x: Tensor, *rest: Any) -> Tensor:
+        """Call every block as `block(x, *rest)`."""
+        again = self.checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
+        return x
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Through all blocks."""
+        return self.run(x_BCHW)
+
+
+class TokenStage(Stage):
+    """Blocks on tokens, called as `block(x_BNC, grid)`, over a map that comes in and goes out."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Lay the map out as tokens, mix, lay it back."""
+        x_BNC, grid = to_tokens(x_BCHW)
+        return to_map(self.run(x_BNC, grid), grid)

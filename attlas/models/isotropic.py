@@ -1,0 +1,93 @@
+"""The isotropic skeleton: tokens of one width and one grid from the first block to the last, as in ViT.
+
+B batch, N tokens, P prefix tokens, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attlas.blocks.embed import Places
+from attlas.blocks.stage import Stage, to_map, to_tokens
+from attlas.core.errors import BadInput, share
+from attlas.core.grid import Grid
+from attlas.models.backbone import Backbone, classifier
+
+
+class Isotropic(Backbone):
+    """Embed, add places, run blocks, norm, pool, classify; four feature maps at equal steps of the depth.
+
+    Args:
+        embed: pictures to a map (B, C, H, W).
+        blocks: called as `block(x_BNC, grid)`.
+        dim: C.
+        grid: that it is trained on, prefix tokens included.
+        stride: pixels per place of the map.
+        norm: of the tokens after the last block.
+        num_classes: of the classifier; 0 for none.
+        in_chans: channels of the pictures.
+        places: whether a learned vector per place is added.
+        pool: "token" reads the first prefix token, "mean" the mean of all that have a place.
+        head_norm: of what was pooled.
+        drop: dropout after the places.
+    """
+
+    def __init__(
+        self,
+        embed: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        dim: int,
+        grid: Grid,
+        stride: int,
+        norm: nn.Module,
+        num_classes: int,
+        in_chans: int,
+        places: bool = True,
+        pool: str = "token",
+        head_norm: nn.Module | None = None,
+        drop: float = 0.0,
+    ) -> None:
+        depth = len(blocks)
+        ends = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+        super().__init__(in_chans, [dim] * len(ends), [stride] * len(ends))
+        if pool not in ("token", "mean") or (pool == "token" and not grid.prefix):
+            raise BadInput(f"pool is 'mean', or 'token' where there are prefix tokens, got {pool!r} on a {grid}")
+        self.grid, self.pool = grid, pool
+        self.embed = embed
+        self.prefix = nn.Parameter(torch.empty(grid.prefix, dim)) if grid.prefix else None
+        if self.prefix is not None:
+            nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.places = Places(dim, grid) if places else None
+        self.drop = nn.Dropout(share("drop", drop))
+        bounds = list(itertools.pairwise([0, *ends]))
+        self.depths = [end - start for start, end in bounds]
+        self.stages = nn.ModuleList(Stage(blocks[start:end]) for start, end in bounds)
+        self.norm = norm
+        self.head_norm = head_norm or nn.Identity()
+        self.head = classifier(dim, num_classes)
+
+    def forward_features(self, image_BCHW: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """All tokens after the last norm (B, P + H W, C)."""
+        x_BNC, grid = to_tokens(self.embed(image_BCHW))
+        grid = Grid(grid.shape, self.grid.prefix)
+        if self.prefix is not None:
+            x_BNC = torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1)
+        if self.places is not None:
+            x_BNC = self.places(x_BNC, grid)
+        x_BNC = self.drop(x_BNC)
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            x_BNC = stage.run(x_BNC, grid)
+            if maps is not None:
+                maps.append(to_map(grid.split(x_BNC)[1], Grid(grid.shape)))
+        return self.norm(x_BNC)
+
+    def forward_head(self, x_BNC: Tensor) -> Tensor:
+        """Pool and classify."""
+        x_BC = x_BNC[:, 0] if self.pool == "token" else x_BNC[:, self.grid.prefix :].mean(1)
+        return self.head(self.head_norm(x_BC))
