@@ -3,9 +3,11 @@
 layer = attlas.mixer("agent", dim=384, heads=6, grid=(14, 14))    any mechanism as a layer
 o = attlas.attend(q, k, v, "softmax", causal=True)                the bare function
 names = attlas.mechanisms("*", pattern="causal self")             what there is
+report = attlas.swap(model, "agent", where="blocks.*.attn")       into a model that exists
 """
 
 from attlas.adapt.multihead import MultiheadAttention
+from attlas.adapt.swap import swap
 from attlas.blocks import positions
 from attlas.blocks.attention import Attention
 from attlas.blocks.factory import attend, make_attend, mixer
@@ -36,4 +38,5 @@ __all__ = [
     "positions",
     "register",
     "state_bytes",
+    "swap",
 ]

@@ -77,3 +77,14 @@ def test_a_users_mistake_is_one_line(monkeypatch, capsys):
 )
 def test_sizes_are_numbers_grids_and_ranges(text, grids):
     assert read_grids(text) == grids
+
+
+def test_list_models_shows_what_was_published(run):
+    _, text = run("list", "models", "vit_*,poolformer_s12")
+    for said in ("86,567,656", "17.58", "77.91", "2010.11929", "for tests and quick training", "11,915,176"):
+        assert said in text
+    assert "deit_tiny" not in text
+    with pytest.raises(attlas.core.errors.BadInput, match="of mechanisms"):
+        run("list", "models", "--family", "linear")
+    with pytest.raises(attlas.core.errors.BadInput, match="separate them by commas: soft,pool"):
+        run("list", "soft", "pool")

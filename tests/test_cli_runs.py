@@ -131,3 +131,27 @@ def test_ctrl_c_loses_nothing_and_the_same_command_goes_on(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert len(records(tmp_path / "store")) == 6
     assert all((tmp_path / "store/records" / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
+def test_bench_models_measures_networks_once(attlas, tmp_path):
+    sizes = ["--side", 32, "--batch", 2, "--threads", 1, "--store", tmp_path]
+    code, text = attlas("bench", "models", "vit_micro", *sizes)
+    assert code == 0
+    assert "vit_micro" in text
+    assert "images/s" in text
+    before = records(tmp_path)
+    assert attlas("bench", "models", "vit_micro", *sizes)[0] == 0
+    assert records(tmp_path) == before
+    assert attlas("bench", "softmax", "vit_micro")[1].endswith("separate them by commas: softmax,vit_micro")
+
+
+def test_compare_trains_networks_on_pictures(attlas, tmp_path):
+    code, text = attlas(
+        *("compare", "poolformer_micro", "--task", "images", "--steps", 1, "--seeds", 1, "--workers", 1),
+        *("--store", tmp_path),
+    )
+    assert code == 0
+    assert "vit_micro (again)" in text
+    kinds = {record["job"]["kind"] for record in records(tmp_path).values()}
+    assert kinds == {"quality"}, "no lengths are swept for networks"
+    assert "poolformer_micro" in attlas("compare", "poolformer_mikro", "--task", "images")[1]

@@ -21,5 +21,5 @@ def extra(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(root := module.partition(".")[0], root)
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(root := module.partition(".")[0], root)
         raise MissingExtra(f"{purpose} needs {package}: pip install 'attlas[bench]'") from error

@@ -36,7 +36,7 @@ def macs(model: nn.Module, image: Tensor) -> int:
 def _counted(model: nn.Module, flops: list[int]) -> Iterator[None]:
     mechanisms = [module for module in model.modules() if isinstance(module, Mechanism)]
     for module in mechanisms:
-        module.forward = _formula(module, flops)  # type: ignore[method-assign]
+        module.forward = _formula(module, flops)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""One small model for all tasks and mechanisms; nothing but the mixer differs.
+"""One small model for all tasks and mechanisms; nothing but the mixer differs. And image networks as they are.
 
     x = stem(tokens) + positions
     x = x + mixer(norm(x));  x = x + mlp(norm(x))      for each layer
@@ -20,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attlas.bench.records import QualityJob
+from attlas.bench.tasks import TASKS
 from attlas.bench.tasks.base import Task
 from attlas.blocks.factory import mixer, resolve
 from attlas.blocks.positions import Learned
 from attlas.core.errors import BadInput, Unsupported
 from attlas.core.mechanism import Mixer
+from attlas.core.registry import mechanisms
 from attlas.core.state import state_bytes
+from attlas.models import create, models
 
 REACH = 3
 """Positions on each axis that the stem reads: a token and its neighbours, or the last three if causal."""
@@ -146,6 +150,70 @@ class Network(nn.Module):
             for mix in self.mixers
             if mix.spec.streams and mix.site.causal
         )
+
+
+class PictureNetwork(nn.Module):
+    """A published network, or one of its small sizes, as it is: only classes and pictures are the task's.
+
+    Args:
+        task: says how large pictures are and how many classes there are.
+        name: for `attlas.models.create`.
+        params: settings of the network.
+
+    Raises:
+        BadInput: a task without pictures.
+        AttlasError: what the network says where it does not serve them.
+    """
+
+    def __init__(self, task: Task, name: str, params: Mapping[str, Any] | None = None) -> None:
+        if task.picture is None:
+            able = ", ".join(each.name for each in TASKS.values() if each.picture)
+            raise BadInput(f"{name} is a network for pictures, which the {task.name} task has none of; take {able}")
+        super().__init__()
+        chans, side = task.picture
+        self.pictures = task.pictures
+        self.net = create(name, **{"num_classes": task.classes, "in_chans": chans, "img_size": side, **(params or {})})
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mechanisms inside, each without those that it is made of."""
+        found: list[Mixer] = []
+        waiting: list[nn.Module] = [self.net]
+        while waiting:
+            module = waiting.pop()
+            if isinstance(module, Mixer):
+                found.append(module)
+            else:
+                waiting += module.children()
+        return found
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Patches (B, N, F) to logits (B, Y)."""
+        return self.net(self.pictures(inputs))
+
+    def state_bytes(self) -> int:
+        """Pictures come whole: nothing is carried."""
+        return 0
+
+
+def build(task: Task, job: QualityJob) -> Network | PictureNetwork:
+    """The model of a job: the small model of its mechanism, or the image network of that name."""
+    if is_network(job.mechanism):
+        return PictureNetwork(task, job.mechanism, job.params)
+    return Network(
+        task,
+        job.mechanism,
+        dim=job.dim,
+        heads=job.heads,
+        layers=job.layers,
+        params=job.params,
+        parameters=job.parameters,
+    )
+
+
+def is_network(name: str) -> bool:
+    """Whether it names an image network; where a mechanism has the same name, that is meant."""
+    return name not in mechanisms() and name in models()
 
 
 def count_parameters(model: nn.Module) -> int:

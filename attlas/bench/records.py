@@ -50,13 +50,14 @@ class QualityJob:
     """One training run of one small model on one task.
 
     Attributes:
-        mechanism: a name for `attlas.mixer`, with a variant behind a colon.
+        mechanism: a name for `attlas.mixer`, with a variant behind a colon; on tasks of pictures also one for
+            `attlas.models.create`.
         task: name of the task.
         seed: of weights and data order.
         label: how the row is called; the noise control is the baseline under another label and seed.
         steps, batch, length: of the training.
         dim, heads, layers: of the model.
-        parameters: the budget that the model is fitted to.
+        parameters: the budget that the model is fitted to; image networks are as large as they are.
         threads: torch threads.
         params: settings of the mechanism.
         learning_rate: the highest of the schedule.
@@ -79,7 +80,27 @@ class QualityJob:
     kind: Literal["quality"] = "quality"
 
 
-Job = SpeedJob | QualityJob
+@dataclass(frozen=True)
+class NetworkJob:
+    """Time and memory of one image network.
+
+    Attributes:
+        network: a name for `attlas.models.create`.
+        side: of the pictures, in pixels.
+        batch: pictures at a time, beside one.
+        dtype: of weights and pictures.
+        threads: torch threads.
+    """
+
+    network: str
+    side: int = 224
+    batch: int = 8
+    dtype: str = "float32"
+    threads: int = 2
+    kind: Literal["network"] = "network"
+
+
+Job = SpeedJob | QualityJob | NetworkJob
 
 
 def key(job: Job) -> str:
@@ -156,6 +177,27 @@ class QualityResult:
 
 
 @dataclass(frozen=True)
+class NetworkResult:
+    """What a `NetworkJob` gave.
+
+    Attributes:
+        parameters: of the network.
+        macs: multiply-accumulates of one picture, as its mathematics needs them.
+        single: of a forward of one picture.
+        batched: of a forward of the whole batch.
+        peak_bytes: that a forward of one picture allocates above weights and picture.
+        oracle_error: of the smallest size of its family, relative.
+    """
+
+    parameters: int
+    macs: int
+    single: Times
+    batched: Times
+    peak_bytes: int
+    oracle_error: float
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why a job gave nothing."""
 
@@ -168,7 +210,7 @@ class Record:
     """A job, what it gave, and on which machine."""
 
     job: Job
-    result: SpeedResult | QualityResult | None
+    result: SpeedResult | QualityResult | NetworkResult | None
     failure: Failure | None
     machine: dict[str, str]
 
@@ -188,14 +230,15 @@ def from_json(data: dict[str, Any]) -> Record:
     job_type, result_type = {
         "speed": (SpeedJob, SpeedResult),
         "quality": (QualityJob, QualityResult),
+        "network": (NetworkJob, NetworkResult),
     }[kind]
     job, result = dict(data["job"]), data["result"]
     if "grid" in job:
         job["grid"] = tuple(job["grid"])
     if result is not None:
         result = dict(result)
-        if "times" in result:
-            result["times"] = Times(**result["times"])
+        for times in result.keys() & {"times", "single", "batched"}:
+            result[times] = Times(**result[times])
         if "curve" in result:
             result["curve"] = [(int(step), float(loss)) for step, loss in result["curve"]]
         result = result_type(**result)

@@ -32,10 +32,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from attlas.bench import machine
+from attlas.bench import machine, networks
 from attlas.bench.extras import extra
-from attlas.bench.network import Network, count_parameters
-from attlas.bench.records import Failure, Job, QualityJob, Record, SpeedJob, key
+from attlas.bench.network import Network, PictureNetwork, count_parameters, is_network
+from attlas.bench.records import Failure, Job, NetworkJob, QualityJob, Record, SpeedJob, key
 from attlas.bench.speed import sweep
 from attlas.bench.store import Claim, Store
 from attlas.bench.tasks import task_named
@@ -61,12 +61,13 @@ def compare_jobs(
     What a mechanism cannot do is found out when its job runs, and becomes a failed record.
 
     Args:
-        mechanisms: names for `attlas.mixer`.
+        mechanisms: names for `attlas.mixer`; on tasks of pictures also of image networks.
         tasks: names of tasks.
         seeds: how many.
         baseline: what the others are held against. The control is the same under `control(baseline)`, with
             as many other seeds.
-        parameters: the budget of every model; by default what the baseline takes at the task's MLP ratio.
+        parameters: the budget of every model; by default what the baseline takes at the task's MLP ratio. Image
+            networks are as large as they are, also as a baseline.
         params: mechanism -> its settings.
         sizes: fields of `Setting` that replace the tasks' own.
         threads: torch threads per job.
@@ -79,7 +80,8 @@ def compare_jobs(
     names = list(dict.fromkeys([baseline, *mechanisms]))
     own = {} if params is None else params
     for name in names:
-        resolve(name)
+        if not is_network(name):
+            resolve(name)
     if strangers := set(own) - set(names):
         raise BadInput(f"settings for {', '.join(sorted(strangers))}, but compared are {', '.join(names)}")
     if seeds < 1:
@@ -129,6 +131,8 @@ def _setting(task: str, sizes: Mapping[str, Any]) -> tuple[Setting, Task]:
 
 
 def _budget(task: Task, setting: Setting, baseline: str, params: Mapping[str, Any]) -> int:
+    if is_network(baseline):
+        return count_parameters(PictureNetwork(task, baseline, params))
     model = Network(
         task,
         baseline,
@@ -170,6 +174,7 @@ def run(
     wanted = list({key(job): job for job in jobs}.values())
     to_train = [job for job in wanted if isinstance(job, QualityJob)]
     to_measure = [job for job in wanted if isinstance(job, SpeedJob)]
+    whole = [job for job in wanted if isinstance(job, NetworkJob)]
     console = console or Console(stderr=True)
     store.begin_run(shlex.join(sys.argv) if command is None else command, machine.describe())
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -178,6 +183,7 @@ def run(
             training = _Share(store, to_train, retry_failed, bars)
             training.do(lambda todo: _train(todo, workers, bars), "training", alone=False)
             _Share(store, to_measure, retry_failed, bars).do(_measure, "measuring speed", alone=True)
+            _Share(store, whole, retry_failed, bars).do(_measure_networks, "measuring networks", alone=True)
         except KeyboardInterrupt:
             console.print(
                 f"Interrupted. Finished results are in {store.path}; the same command goes on from them.",
@@ -188,7 +194,7 @@ def run(
     return [record for record in records if record is not None]
 
 
-OneKind = TypeVar("OneKind", SpeedJob, QualityJob)
+OneKind = TypeVar("OneKind", SpeedJob, QualityJob, NetworkJob)
 
 
 class _Share(Generic[OneKind]):
@@ -304,6 +310,11 @@ def _train(jobs: Iterator[QualityJob], workers: int, bars: Progress) -> Generato
 def _measure(jobs: Iterator[SpeedJob]) -> Generator[Record]:
     """Records of speed jobs as they come."""
     yield from sweep(jobs)
+
+
+def _measure_networks(jobs: Iterator[NetworkJob]) -> Generator[Record]:
+    """The same of whole networks."""
+    yield from networks.sweep(jobs)
 
 
 def _train_here(jobs: Iterator[QualityJob], bars: Progress) -> Iterator[Record]:

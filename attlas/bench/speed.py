@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +24,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.profiler import profile
 
 import attlas
 from attlas.bench import machine
+from attlas.bench.memory import peak_memory
 from attlas.bench.records import Failure, Measure, Record, SpeedJob, SpeedResult, Times
 from attlas.core.errors import AttlasError, BadInput
 from attlas.core.mechanism import Cost, Mechanism, Mixer
@@ -277,25 +276,14 @@ class Observed:
 
 
 def observe(call: _Call) -> Observed:
-    """Watch one call.
-
-    The profiler reports every allocation of PyTorch's allocator in order, those inside of operators too;
-    scratch memory that a library takes elsewhere is not seen.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler writes its progress to stderr
+    """Watch one call."""
     call.rewind()
     before = vars(call).copy()  # stays alive: the profiler cannot count the release of what it saw no start of
-    with (
-        record_choices() as choices,
-        flop_counter() as counter,
-        profile(profile_memory=True) as profiler,
-    ):
+    with record_choices() as choices, flop_counter() as counter, peak_memory() as peak:
         call.step()
     del before
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    taken = np.cumsum([0, *(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))])
     backends = {choice.op: choice.backend for choice in choices}
-    return Observed(counter.get_total_flops(), int(taken.max()), backends)
+    return Observed(counter.get_total_flops(), peak.bytes, backends)
 
 
 def predicted_bytes(job: SpeedJob) -> float:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from attlas.bench.network import Network, count_parameters
+from attlas.bench.network import build, count_parameters
 from attlas.bench.records import QualityJob, QualityResult
 from attlas.bench.tasks import task_named
 from attlas.bench.tasks.base import Batch, loss
@@ -53,15 +53,7 @@ def train(job: QualityJob, progress: Progress | None = None) -> QualityResult:
         raise BadInput(f"steps, batch, dim, heads, layers and threads are at least 1, got {job}")
     task = task_named(job.task)(job.length)
     with reproducibly(job.seed, job.threads):
-        model = Network(
-            task,
-            job.mechanism,
-            dim=job.dim,
-            heads=job.heads,
-            layers=job.layers,
-            params=job.params,
-            parameters=job.parameters,
-        )
+        model = build(task, job)
         optimizer = torch.optim.AdamW(
             model.parameters(), job.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )

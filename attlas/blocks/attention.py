@@ -88,10 +88,10 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(source, kv_heads * size, bias)
         self.v_proj = nn.Linear(source, kv_heads * size, bias)
         self.out_proj = nn.Linear(width, site.dim, out_bias)
-        self.q_norm, self.k_norm = _norm(qk_norm, size), _norm(qk_norm, size)
+        self.q_norm, self.k_norm = make_norm(qk_norm, size), make_norm(qk_norm, size)
         self.qk_activation = ACTIVATIONS[qk_activation]()
         self.position = position or Position()
-        self.output_norm = _norm(output_norm, width)
+        self.output_norm = make_norm(output_norm, width)
         self.gate_proj = nn.Linear(site.dim, width, bias) if gate else None
         self.gate_activation = ACTIVATIONS[None if gate == "linear" else gate]()
         self.dropout = share("dropout", dropout)
@@ -169,7 +169,8 @@ class SimpleRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def _norm(name: str | None, size: int) -> nn.Module:
+def make_norm(name: str | None, size: int) -> nn.Module:
+    """A norm of tokens by name: None, "layer", "rms" or "simple_rms" (no weight)."""
     kinds: dict[str | None, Callable[[], nn.Module]] = {
         None: nn.Identity,
         "layer": lambda: nn.LayerNorm(size),

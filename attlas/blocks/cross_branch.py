@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attlas.blocks.drop_path import DropPath
 from attlas.blocks.factory import mixer
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
@@ -27,18 +28,20 @@ from attlas.core.grid import Grid
 class _Visit(nn.Module):
     """A class token of width `dim` that asks patches of width `other`."""
 
-    def __init__(self, dim: int, other: int, heads: int, settings: dict[str, Any]) -> None:
+    def __init__(self, dim: int, other: int, heads: int, drop_path: float, settings: dict[str, Any]) -> None:
         super().__init__()
         self.go = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.GELU(), nn.Linear(dim, other))
         self.norm = nn.LayerNorm(other, eps=1e-6)
         self.ask = mixer("crossvit", other, heads, **settings)
+        self.drop_path = DropPath(drop_path)
         self.come_back = nn.Sequential(nn.LayerNorm(other, eps=1e-6), nn.GELU(), nn.Linear(other, dim))
 
     def forward(self, own_BNC: Tensor, other_BME: Tensor, keep_BM: Tensor | None) -> Tensor:
         guest_B1E = self.go(own_BNC[:, :1])
         joint_BME = torch.cat([guest_B1E, other_BME[:, 1:]], 1)
         grid = Grid((joint_BME.shape[1] - 1,), prefix=1)
-        guest_B1E = guest_B1E + self.ask(self.norm(joint_BME), mask=keep_BM, grid=grid)[:, :1]
+        told_B1E = self.ask(self.norm(joint_BME), mask=keep_BM, grid=grid)[:, :1]
+        guest_B1E = guest_B1E + self.drop_path(told_B1E)
         return torch.cat([self.come_back(guest_B1E), own_BNC[:, 1:]], 1)
 
 
@@ -48,13 +51,18 @@ class CrossBranch(nn.Module):
     Args:
         dims: channels of the two branches.
         heads: of the two branches; a visitor uses those of its host.
+        drop_path: the share of pictures for which a visitor asks nothing in training.
         **settings: of `crossvit`.
     """
 
-    def __init__(self, dims: tuple[int, int], heads: tuple[int, int], **settings: Any) -> None:
+    def __init__(
+        self, dims: tuple[int, int], heads: tuple[int, int], *, drop_path: float = 0.0, **settings: Any
+    ) -> None:
         super().__init__()
         self.dims = dims
-        self.visits = nn.ModuleList(_Visit(dims[own], dims[1 - own], heads[1 - own], settings) for own in range(2))
+        self.visits = nn.ModuleList(
+            _Visit(dims[own], dims[1 - own], heads[1 - own], drop_path, settings) for own in range(2)
+        )
 
     def forward(
         self,

@@ -26,6 +26,7 @@ class Downsample(nn.Module):
         padding: places of zeros around the map; kernel // 2 by default, 0 for patches that do not overlap.
         before, after: make norms over the channels of a map.
         bias: of the convolution.
+        fill: whether zeros follow the last row and column until the stride divides the map.
     """
 
     def __init__(
@@ -39,17 +40,46 @@ class Downsample(nn.Module):
         before: MapNorm | None = None,
         after: MapNorm | None = None,
         bias: bool = True,
+        fill: bool = False,
     ) -> None:
         super().__init__()
         if padding is None:
             padding = 0 if kernel == stride else kernel // 2
+        self.multiple = stride if fill else 1
         self.before = nn.Identity() if before is None else before(dim)
         self.conv = nn.Conv2d(dim, out, kernel, stride, padding, bias=bias)
         self.after = nn.Identity() if after is None else after(out)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """A smaller map."""
-        return self.after(self.conv(self.before(x_BCHW)))
+        return self.after(self.conv(filled(self.before(x_BCHW), self.multiple)))
+
+
+def filled(x_BCHW: Tensor, multiple: int) -> Tensor:
+    """A map with zeros after its last row and column until both sides are multiples."""
+    bottom, right = (-size % multiple for size in x_BCHW.shape[2:])
+    return F.pad(x_BCHW, (0, right, 0, bottom)) if bottom or right else x_BCHW
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring places become one: W norm([x₀₀; x₁₀; x₀₁; x₁₁]), at odd borders with zeros.
+
+    Source: Liu et al., "Swin Transformer", 2021 (arXiv:2103.14030).
+
+    Args:
+        dim, out: channels in and out.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """A map of half the sides."""
+        x_BCHhWw = filled(x_BCHW, 2).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        x_BHWC = x_BCHhWw.permute(0, 2, 4, 5, 3, 1).flatten(3)
+        return self.reduction(self.norm(x_BHWC)).permute(0, 3, 1, 2)
 
 
 class Patches(nn.Module):
@@ -73,13 +103,18 @@ class Patches(nn.Module):
         Raises:
             BadInput: a picture that does not divide into patches.
         """
-        height, width = image_BCHW.shape[2:]
-        if height % self.size or width % self.size:
-            raise BadInput(
-                f"pictures are cut into patches of {self.size} x {self.size}, which {height} x {width} does not divide "
-                f"into; resize or pad them to {-height % self.size + height} x {-width % self.size + width}"
-            )
+        check_patches(image_BCHW, self.size)
         return self.conv(image_BCHW)
+
+
+def check_patches(image_BCHW: Tensor, size: int) -> None:
+    """Refuse a picture that does not divide into patches of `size` x `size` pixels."""
+    height, width = image_BCHW.shape[2:]
+    if height % size or width % size:
+        raise BadInput(
+            f"pictures are cut into patches of {size} x {size}, which {height} x {width} does not divide into; resize "
+            f"or pad them to {-height % size + height} x {-width % size + width}"
+        )
 
 
 class Places(nn.Module):

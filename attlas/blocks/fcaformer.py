@@ -13,20 +13,24 @@ padding itself.
 B batch, N tokens of the grid, M tokens handed on, C channels, H and W axes of the grid.
 
 Source: Zhang et al., "FcaFormer: Forward Cross Attention in Hybrid Vision Transformer", 2022 (arXiv:2211.07198),
-official code hkzhang-git/FcaFormer. Stochastic depth is left to the network around.
+official code hkzhang-git/FcaFormer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from attlas.blocks.drop_path import DropPath
 from attlas.blocks.factory import mixer
 from attlas.blocks.layer_scale import LayerScale
+from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mask import Mask
@@ -67,6 +71,7 @@ class FcaBlock(nn.Module):
         hands_on: whether it makes tokens for later blocks.
         ratio: how many times wider the MLP is.
         start: of γ₁ and γ₂.
+        drop_path: the share of pictures for which a branch is dropped in training.
         backend: of the attention.
     """
 
@@ -80,6 +85,7 @@ class FcaBlock(nn.Module):
         hands_on: bool = True,
         ratio: float = 4.0,
         start: float = 1e-6,
+        drop_path: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -90,6 +96,7 @@ class FcaBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.mix = mixer("fcaformer", dim, heads, grid=self.grid, handed=handed, backend=backend)
         self.scale, self.mlp_scale = LayerScale(dim, start), LayerScale(dim, start)
+        self.drop_path = DropPath(drop_path)
         self.merge = nn.Conv2d(dim, dim, TAPS, MERGED, TAPS // 2, groups=dim, bias=False) if hands_on else None
         self.local = nn.Conv2d(dim, dim, LOCAL, padding=LOCAL // 2, groups=dim, bias=False)
         self.local_norm = TokenBatchNorm(dim)
@@ -121,12 +128,13 @@ class FcaBlock(nn.Module):
         if keep is not None:
             x_BNC = x_BNC.where(keep.unsqueeze(-1), 0)
         seen = Mask(keys=keep) if handed_BMC is None else Mask(keys=handed_keep, queries=keep)
-        x = x_BNC + self.scale(self.mix(self.norm(x_BNC), handed_BMC, mask=seen, grid=self.grid))
+        mixed = self.mix(self.norm(x_BNC), handed_BMC, mask=seen, grid=self.grid)
+        x = x_BNC + self.drop_path(self.scale(mixed))
         if keep is not None:
             x = x.where(keep.unsqueeze(-1), 0)
         handed = None if self.merge is None else self.merge(self.grid.unflatten(x.mT, -1)).flatten(2).mT
         x = self.local_norm(grid_convolution(x, self.local.weight, None, self.grid, keep), keep)
-        return x + self.mlp_scale(self.mlp(x)), handed
+        return x + self.drop_path(self.mlp_scale(self.mlp(x))), handed
 
 
 def merged_keep(keep_BN: Tensor, grid: Grid | Sequence[int]) -> Tensor:
@@ -135,7 +143,7 @@ def merged_keep(keep_BN: Tensor, grid: Grid | Sequence[int]) -> Tensor:
     return F.max_pool2d(real, TAPS, MERGED, TAPS // 2).flatten(1) > 0
 
 
-class FcaStage(nn.Module):
+class FcaStage(Stage):
     """Blocks of one resolution; no tokens are handed beyond it.
 
     Args:
@@ -144,27 +152,36 @@ class FcaStage(nn.Module):
         grid: (height, width).
         depth: blocks.
         latest: of how many blocks before it one sees the tokens.
+        drop_path: of each block; none by default.
         **settings: of `FcaBlock`.
     """
 
     def __init__(
-        self, dim: int, heads: int, grid: Grid | Sequence[int], depth: int, *, latest: int = 12, **settings: Any
+        self,
+        dim: int,
+        heads: int,
+        grid: Grid | Sequence[int],
+        depth: int,
+        *,
+        latest: int = 12,
+        drop_path: Sequence[float] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
         if min(depth, latest) < 1:
             raise BadInput(f"depth and latest count blocks, at least 1, got {depth} and {latest}")
-        self.grid, self.latest = _picture(grid), latest
-        self.blocks = nn.ModuleList(
+        super().__init__(
             FcaBlock(
                 dim,
                 heads,
                 grid,
                 handed=min(index, latest) * merged_tokens(grid),
                 hands_on=index < depth - 1,
+                drop_path=0.0 if drop_path is None else drop_path[index],
                 **settings,
             )
             for index in range(depth)
         )
+        self.grid, self.latest = _picture(grid), latest
 
     def forward(self, x_BNC: Tensor, *, keep: Tensor | None = None) -> Tensor:
         """The tokens after the last block; `keep` (B, N) marks the real ones."""
@@ -174,6 +191,10 @@ class FcaStage(nn.Module):
             latest = handed[-self.latest :]
             context = torch.cat(latest, 1) if latest else None
             context_keep = real.repeat(1, len(latest)) if latest and real is not None else None
-            x_BNC, own = block(x_BNC, context, keep=keep, handed_keep=context_keep)
+            run = partial(block, keep=keep, handed_keep=context_keep)
+            if self.checkpointing and torch.is_grad_enabled():
+                x_BNC, own = checkpoint(run, x_BNC, context, use_reentrant=False)
+            else:
+                x_BNC, own = run(x_BNC, context)
             handed.append(own)
         return x_BNC

@@ -47,6 +47,7 @@ class MetaFormerBlock(nn.Module):
         scale: starting value of the layer scales s₁ and s₂; None for none.
         drop_path: the share of pictures for which a branch is dropped in training.
         positions: whether a 3 x 3 `ConvPosition` stands before the mixer and before the MLP.
+        post_norm: whether the norms stand behind mixer and MLP instead of in front of them.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class MetaFormerBlock(nn.Module):
         scale: float | None = None,
         drop_path: float = 0.0,
         positions: tuple[bool, bool] = (False, False),
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         dim = mixer.site.dim
+        self.post_norm = post_norm
         self.position1 = ConvPosition(dim) if positions[0] else None
         self.norm1 = norm(dim)
         self.mixer = mixer
@@ -76,9 +79,15 @@ class MetaFormerBlock(nn.Module):
         """Mix tokens, then channels."""
         if self.position1 is not None:
             x_BNC = self.position1(x_BNC, grid)
-        x_BNC = x_BNC + self.drop_path(self.scale1(self.mixer(self.norm1(x_BNC), grid=grid)))
+        before, after = (_same, self.norm1) if self.post_norm else (self.norm1, _same)
+        x_BNC = x_BNC + self.drop_path(self.scale1(after(self.mixer(before(x_BNC), grid=grid))))
         if self.mlp is None:
             return x_BNC
         if self.position2 is not None:
             x_BNC = self.position2(x_BNC, grid)
-        return x_BNC + self.drop_path(self.scale2(self.mlp(self.norm2(x_BNC), grid)))
+        before, after = (_same, self.norm2) if self.post_norm else (self.norm2, _same)
+        return x_BNC + self.drop_path(self.scale2(after(self.mlp(before(x_BNC), grid))))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

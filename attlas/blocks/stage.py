@@ -1,4 +1,4 @@
-"""Blocks in a row, with gradient checkpointing, and the way from maps to tokens and back.
+"""Blocks in a row, with gradient checkpointing.
 
 B batch, N tokens, C channels, H and W the height and width of a map.
 """
@@ -12,17 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attlas.core.grid import Grid
-
-
-def to_tokens(x_BCHW: Tensor) -> tuple[Tensor, Grid]:
-    """A map as tokens (B, H W, C), and how they lie; a view where channels lie innermost in memory."""
-    return x_BCHW.flatten(2).transpose(1, 2), Grid(tuple(x_BCHW.shape[2:]))
-
-
-def to_map(x_BNC: Tensor, grid: Grid) -> Tensor:
-    """Tokens without a prefix as a map (B, C, H, W), a view."""
-    return x_BNC.transpose(1, 2).unflatten(2, grid.shape)
+from attlas.ops.maps import to_map, to_tokens
 
 
 class Stage(nn.Module):
@@ -57,3 +47,10 @@ class TokenStage(Stage):
         """Lay the map out as tokens, mix, lay it back."""
         x_BNC, grid = to_tokens(x_BCHW)
         return to_map(self.run(x_BNC, grid), grid)
+
+
+def set_checkpointing(net: nn.Module, enable: bool = True) -> None:
+    """Have all stages inside a network compute activations again in the backward pass, or keep them."""
+    for module in net.modules():
+        if isinstance(module, Stage):
+            module.checkpointing = enable

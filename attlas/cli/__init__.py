@@ -17,6 +17,7 @@ from rich.table import Table
 import attlas
 from attlas.blocks.factory import resolve, settings_of
 from attlas.cli import analyze
+from attlas.cli.networks import networks_table, no_larger
 from attlas.cli.seen import show_mask
 from attlas.cli.settings import by_mechanism, parts, read_grid, read_grids, read_names, values
 from attlas.core.errors import AttlasError, BadInput
@@ -45,12 +46,20 @@ SHORT = {
 
 @app.command("list")
 def list_(
-    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = "*",
+    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas; or the word models.")] = "*",
+    networks: Annotated[str, typer.Argument(help="After the word models: names or wildcards of networks.")] = "",
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Such as 'causal self'.")] = None,
     grid: Annotated[int | None, typer.Option(help="Only what serves grids of this many axes.")] = None,
 ) -> None:
-    """The mechanisms that match, in a table."""
+    """The mechanisms that match, in a table; `attlas list models` for published networks."""
+    if names == "models":
+        if family or pattern or grid:
+            raise BadInput("--family, --pattern and --grid are of mechanisms: leave them out after models")
+        console.print(networks_table(networks or "*"))
+        return
+    if networks:
+        raise BadInput(f"only the word models is followed by more names; separate them by commas: {names},{networks}")
     found = attlas.mechanisms(names, family=family, pattern=pattern, grid=grid)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("mechanism", "family", "patterns", "grids", "state"):
@@ -224,7 +233,8 @@ Settings = Annotated[
 
 @app.command()
 def bench(
-    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = DEMO,
+    names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas; or the word models.")] = DEMO,
+    networks: Annotated[str, typer.Argument(help="After the word models: names or wildcards of networks.")] = "",
     sizes: Annotated[str, typer.Option(help="Lengths or grids: 256..16384 (doubling), 512,1000 or 14x14,56x56.")] = (
         "256..8192"
     ),
@@ -232,11 +242,13 @@ def bench(
     dtypes: Annotated[str, typer.Option(help="Of float32, bfloat16, float16.")] = "float32",
     pattern: Annotated[str, typer.Option(help="causal, noncausal or both.")] = "noncausal",
     backend: Annotated[str, typer.Option(help="Of the mechanisms; one that is named never falls back.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Sequences, 1 by default; of models pictures, 8.")] = None,
     dim: Annotated[int, typer.Option(help="Channels.")] = 512,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     threads: Annotated[int | None, typer.Option(help="Torch threads.")] = None,
     setting: Settings = None,
+    side: Annotated[int, typer.Option(help="Of models: of their pictures, in pixels.")] = 224,
+    largest: Annotated[float, typer.Option(help="Of models: million parameters; larger ones are left out.")] = 60,
     decode: Annotated[
         bool, typer.Option("--decode", help="Only the softmax kernels, against this machine's memory and GEMM.")
     ] = False,
@@ -246,13 +258,24 @@ def bench(
     html: Html = None,
     retry_failed: Retry = False,
 ) -> None:
-    """Time, FLOPs, memory and state over lengths, against both softmax baselines; the efficiency lengths."""
+    """Time, FLOPs, memory and state over lengths, against both softmax baselines; the efficiency lengths.
+
+    With the word models, whole image networks instead: images/s, time and memory of one picture.
+    """
     from attlas.bench.speed import speed_jobs
 
     if decode:
         _bench_decode(threads or torch.get_num_threads(), rounds, scale, store)
         return
+    if names == "models":
+        from attlas.bench.networks import network_jobs
 
+        chosen = no_larger(networks or "*", largest)
+        network_list = network_jobs(chosen, side=side, batch=batch or 8, dtype=dtypes, threads=threads)
+        _run(network_list, store, html, "Image networks measured", retry_failed=retry_failed)
+        return
+    if networks:
+        raise BadInput(f"only the word models is followed by more names; separate them by commas: {names},{networks}")
     if pattern not in PATTERNS:
         raise BadInput(f"pattern is one of {', '.join(PATTERNS)}, got {pattern!r}")
     mechanisms = read_names(names)
@@ -264,7 +287,7 @@ def bench(
         causal=PATTERNS[pattern],
         backend=backend,
         params=by_mechanism(setting, mechanisms),
-        batch=batch,
+        batch=batch or 1,
         dim=dim,
         heads=heads,
         threads=threads,
@@ -285,9 +308,13 @@ def _bench_decode(threads: int, rounds: int, scale: float, store: Path) -> None:
 @app.command()
 def compare(
     names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = DEMO,
-    tasks: Annotated[str, typer.Option("--tasks", "--task", help="Of text, masked_text, digits, recall.")] = "text",
+    tasks: Annotated[
+        str, typer.Option("--tasks", "--task", help="Of text, masked_text, digits, images, recall.")
+    ] = "text",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism.")] = 3,
-    baseline: Annotated[str, typer.Option(help="What the others are held against.")] = "softmax",
+    baseline: Annotated[
+        str | None, typer.Option(help="What the others are held against: softmax, or vit_micro among networks.")
+    ] = None,
     parameters: Annotated[int | None, typer.Option(help="Budget of every model; the baseline's by default.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; the task's own by default.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence; the task's own by default.")] = None,
@@ -301,13 +328,20 @@ def compare(
     html: Html = None,
     retry_failed: Retry = False,
 ) -> None:
-    """Train small models that differ in the mechanism alone, at equal parameters; one report with their speed."""
+    """Train small models that differ in the mechanism alone, at equal parameters; one report with their speed.
+
+    With --task images also whole networks by name (see `attlas list models`), as they are: vit_micro,swin_micro.
+    """
+    from attlas.bench.network import is_network
     from attlas.bench.runner import compare_jobs
     from attlas.bench.speed import speed_jobs
     from attlas.bench.tasks import task_named
 
     given = {"steps": steps, "length": length, "dim": dim, "layers": layers}
-    mechanisms = read_names(names)
+    mechanisms = read_names(names, networks=any(task_named(task).picture for task in parts(tasks)))
+    layers_alone = [name for name in mechanisms if not is_network(name)]
+    if baseline is None:
+        baseline = "softmax" if layers_alone else "vit_micro"
     params = by_mechanism(setting, [baseline, *mechanisms])
     jobs: list[Any] = [
         *compare_jobs(
@@ -320,9 +354,10 @@ def compare(
             sizes={key: value for key, value in given.items() if value is not None},
         )
     ]
-    if speed:
+    if speed and layers_alone:
         patterns = sorted({task_named(task).causal for task in parts(tasks)})
-        jobs += speed_jobs(mechanisms, read_grids(sizes), causal=patterns, params=params)
+        own = {name: params[name] for name in layers_alone if name in params}
+        jobs += speed_jobs(layers_alone, read_grids(sizes), causal=patterns, params=own)
     _run(jobs, store, html, "Attention mechanisms compared", workers=workers, retry_failed=retry_failed)
 
 

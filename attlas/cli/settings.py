@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from attlas.blocks.factory import resolve
-from attlas.core.errors import BadInput
+from attlas.core.errors import BadInput, UnknownName
 from attlas.core.grid import Grid
-from attlas.core.registry import mechanisms
+from attlas.core.registry import mechanisms, nearest
+from attlas.models import models
 
 
 def values(pairs: list[str]) -> dict[str, Any]:
@@ -49,13 +51,25 @@ def parts(text: str) -> list[str]:
     return found
 
 
-def read_names(text: str) -> list[str]:
-    """The mechanisms that names and wildcards mean; variants are kept as they are."""
+def read_names(text: str, *, networks: bool = False) -> list[str]:
+    """The mechanisms that names and wildcards mean; variants are kept as they are.
+
+    With `networks`, what means no mechanism may mean image networks.
+    """
     found: list[str] = []
     for name in parts(text):
         base, colon, _ = name.partition(":")
-        found += [name] if colon and resolve(name) else mechanisms(base)
+        if not networks or _matches(base, mechanisms()):
+            found += [name] if colon and resolve(name) else mechanisms(base)
+        elif _matches(name, models()):
+            found += models(name)
+        else:
+            raise UnknownName(f"no mechanism or network is called {name!r}{nearest(name, mechanisms() + models())}")
     return list(dict.fromkeys(found))
+
+
+def _matches(glob: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
 
 
 def read_grid(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from attlas.blocks.stage import Stage
+from attlas.blocks.stage import set_checkpointing
 from attlas.core.errors import BadInput, share
 
 
@@ -65,9 +65,7 @@ class Backbone(nn.Module, ABC):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations inside blocks again in the backward pass instead of keeping them."""
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.checkpointing = enable
+        set_checkpointing(self, enable)
 
     def _check(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] != self.in_chans:

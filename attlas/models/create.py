@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attlas.blocks.stage import set_checkpointing
 from attlas.core.errors import BadInput
 from attlas.core.registry import nearest
 from attlas.models.backbone import Backbone, FeaturePyramid
@@ -56,11 +57,11 @@ def create(
     net = entry.build(**{**entry.settings, **settings})
     if weights is not None:
         load_weights(net, name, weights, source)
-    if isinstance(net, Backbone):
-        net.set_grad_checkpointing(checkpointing)
-        return FeaturePyramid(net, out_indices) if features_only else net
-    if features_only or checkpointing:
-        raise BadInput(f"{name} is for {entry.task} and has no feature maps and no checkpointing")
+    if features_only:
+        if not isinstance(net, Backbone):
+            raise BadInput(f"{name} is for {entry.task} and has no feature maps")
+        net = FeaturePyramid(net, out_indices)
+    set_checkpointing(net, checkpointing)
     return net
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from attlas.blocks.embed import Places
-from attlas.blocks.stage import Stage, to_map, to_tokens
+from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput, share
 from attlas.core.grid import Grid
 from attlas.models.backbone import Backbone, classifier
+from attlas.ops.maps import to_map, to_tokens
 
 
 class Isotropic(Backbone):
@@ -34,6 +35,8 @@ class Isotropic(Backbone):
         pool: "token" reads the first prefix token, "mean" the mean of all that have a place.
         head_norm: of what was pooled.
         drop: dropout after the places.
+        joins: how many blocks the places go through before the prefix tokens stand in front of them; where that is
+            more than none, prefix tokens have no learned place.
     """
 
     def __init__(
@@ -51,21 +54,24 @@ class Isotropic(Backbone):
         pool: str = "token",
         head_norm: nn.Module | None = None,
         drop: float = 0.0,
+        joins: int = 0,
     ) -> None:
         depth = len(blocks)
         ends = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
         super().__init__(in_chans, [dim] * len(ends), [stride] * len(ends))
         if pool not in ("token", "mean") or (pool == "token" and not grid.prefix):
             raise BadInput(f"pool is 'mean', or 'token' where there are prefix tokens, got {pool!r} on a {grid}")
-        self.grid, self.pool = grid, pool
+        if not 0 <= joins < depth:
+            raise BadInput(f"prefix tokens join before one of the {depth} blocks, 0 to {depth - 1}, got {joins}")
+        self.grid, self.pool, self.joins = grid, pool, joins
         self.embed = embed
         self.prefix = nn.Parameter(torch.empty(grid.prefix, dim)) if grid.prefix else None
         if self.prefix is not None:
             nn.init.trunc_normal_(self.prefix, std=0.02)
-        self.places = Places(dim, grid) if places else None
+        self.places = Places(dim, Grid(grid.shape) if joins else grid) if places else None
         self.drop = nn.Dropout(share("drop", drop))
-        bounds = list(itertools.pairwise([0, *ends]))
-        self.depths = [end - start for start, end in bounds]
+        bounds = list(itertools.pairwise(sorted({0, joins, *ends})))
+        self.ends, self.depths = ends, [end - start for start, end in bounds]
         self.stages = nn.ModuleList(Stage(blocks[start:end]) for start, end in bounds)
         self.norm = norm
         self.head_norm = head_norm or nn.Identity()
@@ -74,18 +80,25 @@ class Isotropic(Backbone):
     def forward_features(self, image_BCHW: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """All tokens after the last norm (B, P + H W, C)."""
         x_BNC, grid = to_tokens(self.embed(image_BCHW))
-        grid = Grid(grid.shape, self.grid.prefix)
-        if self.prefix is not None:
-            x_BNC = torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1)
+        if not self.joins:
+            x_BNC, grid = self._join(x_BNC, grid)
         if self.places is not None:
             x_BNC = self.places(x_BNC, grid)
         x_BNC = self.drop(x_BNC)
-        for stage in self.stages:
+        for stage, start in zip(self.stages, itertools.accumulate(self.depths, initial=0), strict=False):
             assert isinstance(stage, Stage)
+            if start and start == self.joins:
+                x_BNC, grid = self._join(x_BNC, grid)
             x_BNC = stage.run(x_BNC, grid)
-            if maps is not None:
+            if maps is not None and start + len(stage.blocks) in self.ends:
                 maps.append(to_map(grid.split(x_BNC)[1], Grid(grid.shape)))
         return self.norm(x_BNC)
+
+    def _join(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The prefix tokens in front."""
+        if self.prefix is None:
+            return x_BNC, grid
+        return torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1), Grid(grid.shape, self.grid.prefix)
 
     def forward_head(self, x_BNC: Tensor) -> Tensor:
         """Pool and classify."""

@@ -93,7 +93,10 @@ def test_a_loss_that_is_no_number_is_an_error_with_its_step():
 
 
 @pytest.mark.parametrize("name", attlas.mechanisms())
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(name, marks=[pytest.mark.full] if name == "images" else []) for name in TASKS],  # digits, but longer
+)
 def test_every_mechanism_trains_on_every_task_that_it_serves(name, task, monkeypatch):
     def evaluate(self, model):
         assert not model.training
@@ -102,7 +105,7 @@ def test_every_mechanism_trains_on_every_task_that_it_serves(name, task, monkeyp
 
     monkeypatch.setattr(Task, "evaluate", evaluate)
     spec = mechanism(name).spec
-    made = TASKS[task](64)
+    made = TASKS[task](TASKS[task].setting.length if TASKS[task].picture else 64)
     job = replace(TINY, mechanism=name, task=task, steps=2, batch=2, length=made.length, layers=1, parameters=400_000)
     serves = Pattern.of(made.causal, cross=False) in spec.patterns and len(made.grid) in spec.grids
     if serves and not spec.class_token:

@@ -60,6 +60,38 @@ def test_with_a_frame_of_zeros_it_is_the_published_procedure():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+def test_zeros_beyond_the_border_are_the_published_procedure_without_a_frame():
+    for grid, block, halo in (((8, 12), 4, 2), ((4, 4), 4, 1), ((8, 4), 2, 3)):
+        inputs = tensors(grid)
+        layer = build(grid, block=block, halo=halo, border="zeros")
+        got = layer(*inputs, grid=grid).unflatten(2, grid)
+        expected = zero_padded(*inputs, layer.relative, grid, block, halo)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        weight, wanted = torch.randn_like(got), [*inputs, *layer.relative]
+        pairs = zip(
+            torch.autograd.grad(got, wanted, weight), torch.autograd.grad(expected, wanted, weight), strict=True
+        )
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_a_map_that_blocks_do_not_divide_is_filled_up_with_zeros():
+    grid, whole, block = (5, 7), (6, 9), 3
+    inputs = tensors(grid)
+    layer = build(grid, block=block, halo=1, border="zeros")
+    padded = [F.pad(x.unflatten(2, grid), (0, 0, 0, 2, 0, 1)).flatten(2, 3) for x in inputs]
+    expected = zero_padded(*padded, layer.relative, whole, block, 1)[:, :, :5, :7]
+    torch.testing.assert_close(layer(*inputs, grid=grid).unflatten(2, grid), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_zeros_beyond_the_border_in_half_precision(dtype):
+    layer, inputs = build((6, 6), block=3, halo=1, border="zeros"), tensors((6, 6))
+    expected = layer(*inputs, grid=(6, 6))
+    found = layer.to(dtype)(*(x.to(dtype) for x in inputs), grid=(6, 6))
+    torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=0.1)
+
+
 def test_without_the_frame_only_windows_at_the_border_differ():
     grid = (12, 12)
     layer, inputs = build(grid, block=4, halo=1), tensors(grid)
@@ -153,3 +185,8 @@ def test_what_has_no_meaning_is_refused(settings, words):
 def test_a_grid_of_other_axes_is_refused():
     with pytest.raises(BadInput, match="built for 2 axes, the call has a grid 24"):
         attlas.mixer("halonet", 16, 2)(torch.randn(1, 24, 16))
+
+
+def test_a_border_of_another_kind_is_refused():
+    with pytest.raises(BadInput, match="'end' or 'zeros', got 'wrap'"):
+        attlas.mixer("halonet", 16, 2, border="wrap")

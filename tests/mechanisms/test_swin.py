@@ -87,6 +87,14 @@ def test_odd_layers_are_shifted_by_half_a_window():
     assert shifts == [(0, 0), (3, 3), (0, 0), (3, 3)]
 
 
+def test_an_axis_of_the_call_that_is_shorter_than_a_window_is_one_with_the_offsets_that_it_has():
+    layer, expected = build(grid=(14, 14), layer=1), build(grid=(4, 9), window=(4, 7), shift=(0, 3))
+    with torch.no_grad():
+        expected.relative_bias.copy_(layer.relative_bias[:, 3:10])
+    inputs = tensors((4, 9))
+    torch.testing.assert_close(layer(*inputs, grid=(4, 9)), expected(*inputs, grid=(4, 9)), rtol=0, atol=1e-12)
+
+
 def test_an_axis_of_one_window_takes_its_shift_on_a_larger_grid_from_that_window():
     layer = build(grid=(3, 9), layer=1)
     assert layer.shift == (1, 3)
@@ -168,5 +176,3 @@ def test_what_has_no_meaning_is_refused_at_the_call():
     layer, x = attlas.mixer("swin", 16, 2), torch.randn(1, 24, 16)
     with pytest.raises(BadInput, match="built for 2 axes"):
         layer(x)
-    with pytest.raises(BadInput, match="window 7 is larger than the axis; take one of at most 4"):
-        layer(x, grid=(4, 6))

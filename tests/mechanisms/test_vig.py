@@ -51,7 +51,7 @@ def test_with_open_gates_every_token_sees_all_and_itself_twice():
     u = layer.convolution(x.unflatten(1, (9, 10)).permute(0, 3, 1, 2)).flatten(2).mT
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in layer.qkv_proj(u).split([8, 8, 16], -1))
     o = (q @ (k.mT @ v) + (q * k).sum(-1, keepdim=True) * v) / 4  # over 2 sqrt(4)
-    o, local = (F.rms_norm(t, (8,), eps=1e-5) for t in (o, u.unflatten(-1, (2, -1)).transpose(1, 2)))
+    o, local = (F.rms_norm(t, (8,), eps=1e-6) for t in (o, u.unflatten(-1, (2, -1)).transpose(1, 2)))
     o, local = (
         (t * norm.weight).transpose(1, 2).flatten(2) for t, norm in ((o, layer.norm), (local, layer.local_norm))
     )

@@ -18,7 +18,18 @@ from attlas.bench.efficiency import (
     scaling_exponent,
     time_curve,
 )
-from attlas.bench.records import Failure, Job, Measure, QualityJob, QualityResult, Record, SpeedJob, SpeedResult
+from attlas.bench.network import is_network
+from attlas.bench.records import (
+    Failure,
+    Measure,
+    NetworkJob,
+    NetworkResult,
+    QualityJob,
+    QualityResult,
+    Record,
+    SpeedJob,
+    SpeedResult,
+)
 from attlas.bench.report import numbers
 from attlas.bench.report.svg import Style
 from attlas.bench.speed import BASELINES
@@ -346,6 +357,53 @@ def _efficiency(table: SpeedTable, name: str, measure: Measure) -> Efficiency:
     return Efficiency(name, measure, lengths, exponent)
 
 
+# -- networks --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkTable:
+    """Networks measured at one setting on one machine, fastest first.
+
+    Attributes:
+        setting: in words.
+        batch: pictures at a time.
+        rows: name -> what came out.
+    """
+
+    setting: str
+    batch: int
+    rows: Mapping[str, NetworkResult | Failure]
+
+    @property
+    def measured(self) -> dict[str, NetworkResult]:
+        """Those that gave figures."""
+        return {name: row for name, row in self.rows.items() if isinstance(row, NetworkResult)}
+
+    def images_per_second(self, name: str) -> float:
+        """Throughput at the batch."""
+        return self.batch / self.measured[name].batched.median
+
+
+def network_tables(records: Iterable[Record]) -> list[NetworkTable]:
+    """One table for each setting and machine."""
+    found: dict[Any, dict[str, NetworkResult | Failure]] = defaultdict(dict)
+    for record in records:
+        job = record.job
+        if isinstance(job, NetworkJob):
+            outcome = record.result if isinstance(record.result, NetworkResult) else record.failure
+            assert outcome is not None
+            words = f"pictures of {job.side} x {job.side}, {job.dtype}, {_counted(job.threads, 'thread')}"
+            found[words, job.batch, machine_facts(record)][job.network] = outcome
+
+    def slowness(row: NetworkResult | Failure) -> float:
+        return row.batched.median if isinstance(row, NetworkResult) else math.inf
+
+    return [
+        NetworkTable(words, batch, dict(sorted(rows.items(), key=lambda item: slowness(item[1]))))
+        for (words, batch, _), rows in found.items()
+    ]
+
+
 # -- names -----------------------------------------------------------------------------------------------
 
 
@@ -364,7 +422,7 @@ def identity(job: QualityJob | SpeedJob) -> Identity:
 
 def row_names(records: Iterable[Record]) -> dict[Identity, str]:
     """A name for each row, short, and different from any other row's of its kind."""
-    jobs = {identity(record.job): record.job for record in records}
+    jobs = {identity(record.job): record.job for record in records if not isinstance(record.job, NetworkJob)}
     names = {}
     for key, job in jobs.items():
         if isinstance(job, QualityJob):
@@ -448,6 +506,7 @@ class Digest:
         self.quality = quality_tables(records, self.names)
         self.indices = composite_indices(self.quality)
         self.speed = speed_tables(records, self.names)
+        self.networks = network_tables(records)
         controls = {
             row.name: table.baseline.name
             for table in self.quality
@@ -472,6 +531,9 @@ class Digest:
             rows = {name for table in self.speed for name in table.rows if name not in (FUSED, MATERIALISED)}
             span = f"{min(lengths):,} to {max(lengths):,}" if min(lengths) < max(lengths) else f"{lengths[0]:,}"
             parts.append(f"speed of {_counted(len(rows), 'mechanism')} at {span} tokens")
+        if self.networks:
+            names = {name for table in self.networks for name in table.rows}
+            parts.append(f"speed and memory of {_counted(len(names), 'network')}")
         text = "; ".join(parts) or "no records"
         return text[0].upper() + text[1:] + "."
 
@@ -480,6 +542,7 @@ class Digest:
         """What the data say, one sentence each."""
         found = [f for table in self.quality for f in _quality_findings(table)]
         found += [f for table in self.speed for f in _speed_findings(table)]
+        found += [f for table in self.networks for f in _network_findings(table)]
         failures = Counter(record.failure.error for record in self.records if record.failure)
         if failures:
             kinds = ", ".join(f"{count} {error}" for error, count in failures.most_common())
@@ -498,6 +561,8 @@ class Digest:
         pictures: dict[Any, Picture] = {}
         for record in self.records:
             job = record.job
+            if isinstance(job, NetworkJob) or is_network(job.mechanism):
+                continue
             place = _place(job)
             if record.failure is not None or place is None:
                 continue
@@ -508,7 +573,7 @@ class Digest:
         return [pictures[key] for key in sorted(pictures)]
 
 
-def _place(job: Job) -> tuple[bool, int] | None:
+def _place(job: SpeedJob | QualityJob) -> tuple[bool, int] | None:
     """Whether a job is causal and on how many axes; None for a task that this version cannot make."""
     if isinstance(job, SpeedJob):
         return job.causal, len(job.grid)
@@ -574,6 +639,19 @@ def _speed_findings(table: SpeedTable) -> Iterable[Finding]:
             said.append(f"{measure.capitalize()} pays off against SDPA: {'; '.join(parts)}.")
     if said:
         yield Finding(table.apart, " ".join(said))
+
+
+def _network_findings(table: NetworkTable) -> Iterable[Finding]:
+    """Who is fastest among those of about one size."""
+    said = []
+    for low, high in ((0, 10e6), (10e6, 30e6), (30e6, 60e6), (60e6, 120e6)):
+        sized = [name for name, row in table.measured.items() if low <= row.parameters < high]
+        if len(sized) > 1:
+            best = sized[0]
+            rate = numbers.digits(table.images_per_second(best))
+            said.append(f"{low / 1e6:.0f} to {high / 1e6:.0f} M parameters {best} with {rate} images/s")
+    if said:
+        yield Finding("networks", f"Fastest at {table.setting}, batch {table.batch}: {'; '.join(said)}.")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from attlas.analysis.visible import share_of_draws
 from attlas.bench.records import Record, to_json
 from attlas.bench.report import numbers
 from attlas.bench.report.digest import Digest, Picture, machine_facts
+from attlas.bench.report.network_section import network_section
 from attlas.bench.report.quality_section import index_section, quality_section
 from attlas.bench.report.speed_section import speed_section
 from attlas.bench.report.svg import definitions, marker, matrix
@@ -58,6 +59,7 @@ def render(digest: Digest, command: str, machine: Mapping[str, str], title: str)
     sections = [
         ("quality", "Quality", "".join(quality)),
         ("speed", "Speed and memory", "".join(speed_section(sweep, looks) for sweep in digest.speed)),
+        ("networks", "Networks", "".join(map(network_section, digest.networks))),
         ("masks", "Who sees whom", _masks(digest.pictures, looks)),
         ("reproduce", "Reproduce", _reproduce(digest, command, machine)),
         ("terms", "How to read this", _own("terms.html")),

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attlas.bench.efficiency import EfficiencyLength
-from attlas.bench.records import Failure, Measure, Record, SpeedResult
+from attlas.bench.records import Failure, Measure, NetworkResult, Record, SpeedResult
 from attlas.bench.report import numbers
-from attlas.bench.report.digest import FUSED, MATERIALISED, Digest, QualityRow, QualityTable, SpeedTable
+from attlas.bench.report.digest import FUSED, MATERIALISED, Digest, NetworkTable, QualityRow, QualityTable, SpeedTable
 
 
 def terminal_tables(records: Iterable[Record]) -> list[RenderableType]:
@@ -24,6 +24,8 @@ def terminal_tables(records: Iterable[Record]) -> list[RenderableType]:
         parts += [Text(sweep.setting, "bold"), Text()]
         for measure in sweep.measures:
             parts += [*_speed(sweep, measure), Text()]
+    for networks in digest.networks:
+        parts += [Text(f"{networks.setting}, batch {networks.batch}", "bold"), _networks(networks), Text()]
     findings = Table.grid(padding=(0, 2))
     findings.add_column(max_width=24)
     for finding in digest.findings:
@@ -88,6 +90,23 @@ def _speed(sweep: SpeedTable, measure: Measure) -> Iterable[RenderableType]:
             yield from _reasons(name, [result])
 
 
+def _networks(found: NetworkTable) -> RenderableType:
+    table = _table(["parameters", "GMACs", "images/s", "ms, one picture", "memory"], "network")
+    for name, row in found.rows.items():
+        if isinstance(row, NetworkResult):
+            table.add_row(
+                Text(name),
+                numbers.count(row.parameters),
+                numbers.digits(row.macs / 1e9),
+                numbers.digits(found.images_per_second(name)),
+                numbers.milliseconds(row.single.median),
+                numbers.memory(row.peak_bytes),
+            )
+        else:
+            table.add_row(Text(name), Text(row.error, "red"))
+    return table
+
+
 def _length(found: EfficiencyLength | None) -> Text:
     if found is None:
         return Text(numbers.MISSING)
@@ -96,9 +115,9 @@ def _length(found: EfficiencyLength | None) -> Text:
     return Text(f"{'≤ ' * found.always}{found.length:,.0f}")
 
 
-def _table(heads: Sequence[str]) -> Table:
+def _table(heads: Sequence[str], first: str = "mechanism") -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("mechanism")
+    table.add_column(first)
     for head in heads:
         table.add_column(Text(head), justify="left" if head == "" else "right")
     return table

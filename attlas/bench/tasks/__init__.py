@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from attlas.bench.tasks.base import Task
 from attlas.bench.tasks.digits import Digits
+from attlas.bench.tasks.images import Images
 from attlas.bench.tasks.masked_text import MaskedText
 from attlas.bench.tasks.recall import Recall
 from attlas.bench.tasks.text import Text
 from attlas.core.errors import UnknownName
 from attlas.core.registry import nearest
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, MaskedText, Digits, Recall)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, MaskedText, Digits, Images, Recall)}
 
 
 def task_named(name: str) -> type[Task]:

@@ -83,6 +83,8 @@ class Task(ABC):
         vocabulary: number of token values; 0 where tokens are vectors of `features` numbers.
         classes: of an answer.
         per_sequence: whether one question is asked of the whole sequence rather than of its tokens.
+        picture: channels and side of the pictures that tokens were cut from, which whole image networks see; None
+            where there are none.
         setting: the default sizes.
     """
 
@@ -94,6 +96,7 @@ class Task(ABC):
     features: ClassVar[int] = 0
     classes: ClassVar[int]
     per_sequence: ClassVar[bool] = False
+    picture: ClassVar[tuple[int, int] | None] = None
     setting: ClassVar[Setting]
 
     def __init__(self, length: int) -> None:
@@ -105,6 +108,10 @@ class Task(ABC):
     def grid(self) -> tuple[int, ...]:
         """The shape of the positions."""
         return (self.length,)
+
+    def pictures(self, inputs_BNF: Tensor) -> Tensor:
+        """The pictures (B, channels, side, side) that the tokens were cut from, where `picture` says so."""
+        raise BadInput(f"the {self.name} task has no pictures")
 
     @abstractmethod
     def chance(self) -> float:

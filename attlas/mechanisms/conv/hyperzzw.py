@@ -136,7 +136,7 @@ class SlowNet(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         axes, points = len(self.shape), math.prod(self.shape)
-        drawn = [torch.distributions.Gamma(6.0 / (i + 1), 1.0).sample((hidden, axes)) for i in range(layers + 1)]
+        drawn = [_gamma(6.0 / (i + 1), (hidden, axes)) for i in range(layers + 1)]
         uniform = torch.empty(layers + 1, hidden, axes).uniform_(-(axes**-0.5), axes**-0.5)
         self.frequencies = nn.Parameter(2 * math.pi * omega * torch.stack(drawn) * uniform)
         self.phases = nn.Parameter(torch.zeros(layers + 1, hidden))
@@ -235,6 +235,11 @@ class GatedUnit(nn.Module):
         """(B, N, C) -> (B, N, C)."""
         product = standardised(wide(self.k(x_BNC)) * wide(self.q(self.v(x_BNC)))).to(x_BNC.dtype)
         return self.y(F.gelu(product) + self.bias[:, None])
+
+
+def _gamma(shape: float, size: tuple[int, ...]) -> Tensor:
+    """Draws of a gamma distribution of rate 1; unchecked, so that it also serves a device without numbers."""
+    return torch.distributions.Gamma(shape, 1.0, validate_args=False).sample(size)
 
 
 def _linear(hidden: int) -> nn.Linear:

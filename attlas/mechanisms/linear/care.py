@@ -65,7 +65,7 @@ SPEC = Spec(
 )
 
 
-class _Interaction(nn.Module):
+class Interaction(nn.Module):
     """W₂ DW₃(GELU(W₁ BN(z))) + z."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -76,12 +76,14 @@ class _Interaction(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.narrow = nn.Linear(hidden, dim)
 
-    def forward(self, z: Tensor, grid: Grid, keep: Tensor | None, backend: str) -> Tensor:
+    def forward(self, z: Tensor, grid: Grid, keep: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """Mix channels, and each hidden one with its neighbourhood."""
         hidden = F.gelu(self.widen(self.norm(z, keep)))
         hidden = grid_convolution(hidden, self.conv.weight, self.conv.bias, grid, keep, backend=backend)
         return z + self.narrow(self.dropout(hidden))
 
     def oracle(self, z: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        """The same, from the formulas."""
         hidden = self.norm.oracle(z, keep) @ self.widen.weight.T + self.widen.bias
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
         hidden = grid_convolution(hidden, self.conv.weight, self.conv.bias, grid, keep, backend="oracle")
@@ -120,8 +122,8 @@ class CARE(Mixer):
         self.group = group = site.dim // 4
         self.qk_proj = nn.Linear(group, 2 * group)
         self.small, self.large = depthwise(group, 3, 2), depthwise(group, 7, 2)
-        self.local_global = _Interaction(3 * group, ratios[0] * 3 * group, dropout)
-        self.memory = _Interaction(4 * group, ratios[1] * 4 * group, dropout)
+        self.local_global = Interaction(3 * group, ratios[0] * 3 * group, dropout)
+        self.memory = Interaction(4 * group, ratios[1] * 4 * group, dropout)
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Four groups, two interactions."""

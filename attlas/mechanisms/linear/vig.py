@@ -32,7 +32,7 @@ from attlas.ops.gated import bidirectional_gated_attention, flops
 from attlas.ops.precision import as_written, wide
 from attlas.ops.recurrent import LogGates, head_size, normed_heads, projection_flops, roomy
 
-EPS = 1e-5
+EPS = 1e-6
 ACTIVATIONS = {None: nn.Identity, "silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 SPEC = Spec(

@@ -10,10 +10,11 @@ is offset 0 of key - query, and the first 2 h belong to no pair: so timm counts,
 queries from where the block does.
 
 The window ends at the border of the map and the last blocks may be smaller. Published code pads the map with zeros
-there, whose keys take part with the score of their place, so it gives this layer's result on a map that has a
-frame of zeros. A strided layer, which scales a map down, is this layer with every second row and column of its
-output kept; timm's counts the queries that it keeps one by one, so its tables mean other offsets. With h = 0 it is
-window attention, with b the whole axis global attention.
+there, whose keys take part with the score of their place: so does `border="zeros"`. Zeros change nothing but the sum of
+the weights, by Π_a Σ exp over all places of the window less the same over those on the map, so they cost one key more.
+A strided layer, which scales a map down, is this layer with every second row and column of its output kept; timm's
+counts the queries that it keeps one by one, so its tables mean other offsets. With h = 0 it is window attention, with
+b the whole axis global attention.
 
 Blocks run through the kernel of window attention: the score of a place on one axis is one of b + 2 h numbers per
 query, so queries carry those numbers and keys their place modulo b + 2 h as a one-hot vector, both as features.
@@ -31,6 +32,7 @@ size, W places of a window, T entries of a table.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,7 @@ from attlas.core.mechanism import Attend, Call, Cost, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
 from attlas.ops.neighborhood import neighborhood_attention
+from attlas.ops.precision import wide
 from attlas.ops.softmax import blank_padding, softmax_attention
 from attlas.ops.windows import block_cost, per_axis
 
@@ -69,8 +72,17 @@ SPEC = Spec(
             parameters=2 * 16 * 16 + 2 * 16 * 8 + (13 + 3) * 4,
         ),
         Example(grid=(11,), params={"block": 3, "halo": 2}, parameters=4 * 16 * 16 + 13 * 8),
+        Example(
+            grid=(5, 4),
+            prefix=1,
+            params={"block": (3, 2), "halo": (2, 1), "border": "zeros"},
+            parameters=4 * 16 * 16 + (13 + 7) * 8,
+        ),
     ),
 )
+
+UNSEEN = -1e4
+"""A score whose weight is 0, within the range of float16."""
 
 
 @register(SPEC)
@@ -82,6 +94,7 @@ class HaloNet(Attend):
         backend: of `neighborhood_attention`.
         block: b, places of a block on every axis, or one number per axis; a shorter axis is one block.
         halo: h, places that are seen to either side of the block, or one number per axis.
+        border: "end" where there are no keys beyond it, "zeros" where there are keys and values of zero.
         scale: of q · k; D ** -0.5 by default.
     """
 
@@ -92,6 +105,7 @@ class HaloNet(Attend):
         *,
         block: int | Sequence[int] = 8,
         halo: int | Sequence[int] = 3,
+        border: str = "end",
         scale: float | None = None,
     ) -> None:
         super().__init__(site, backend)
@@ -101,6 +115,9 @@ class HaloNet(Attend):
             raise BadInput(
                 f"a block holds a place at least and a halo is not negative, got block {block} and halo {halo}"
             )
+        if border not in ("end", "zeros"):
+            raise BadInput(f"border is 'end' or 'zeros', got {border!r}")
+        self.zeros = border == "zeros"
         self.scale = site.head_dim**-0.5 if scale is None else scale
         self.relative = nn.ParameterList(
             torch.empty(2 * (block + 2 * halo) - 1, site.head_dim)
@@ -129,8 +146,11 @@ class HaloNet(Attend):
         axes = self._axes(grid)
         q_BHPD = grid.split(q_BHND)[1]
         queries, keys = [q_BHND * self.scale], [k_BGMD]
-        settings = zip(grid.places(q_BHND.device).unbind(1), self.block, self._widths(), self.relative, strict=True)
-        for place_P, block, width, table_TD in settings:
+        beyond_BHP, on_map_BHP = q_BHPD.new_tensor(UNSEEN), q_BHPD.new_zeros(())
+        settings = zip(
+            grid.places(q_BHND.device).unbind(1), self.block, self._widths(), self.relative, axes, strict=True
+        )
+        for place_P, block, width, table_TD, axis in settings:
             halo = (width - block) // 2
             begin_P1 = (place_P // block * block - halo).unsqueeze(1)
             key_PW = begin_P1 + (torch.arange(width, device=place_P.device) - begin_P1) % width  # key_PW % width = w
@@ -140,44 +160,77 @@ class HaloNet(Attend):
             queries.append(F.pad(own_BHPW.to(q_BHND.dtype), (0, 0, grid.prefix, 0)))
             hot_PW = F.one_hot(place_P % width, width).to(k_BGMD)
             keys.append(F.pad(hot_PW, (0, 0, grid.prefix, 0)).expand(*k_BGMD.shape[:2], -1, -1))
-        return neighborhood_attention(
-            torch.cat(queries, -1),
-            torch.cat(keys, -1),
-            v_BGME,
-            axes,
-            prefix=grid.prefix,
-            keep=call.mask.keys,
-            scale=1.0,
-            backend=self.backend,
-        )
+            if self.zeros:
+                own_BHPW, there_PW = wide(own_BHPW), (key_PW >= 0) & (key_PW < axis.length)
+                off_BHP = own_BHPW.masked_fill(there_PW, UNSEEN).logsumexp(-1)
+                beyond_BHP = torch.logaddexp(beyond_BHP + own_BHPW.logsumexp(-1), on_map_BHP + off_BHP)
+                on_map_BHP = on_map_BHP + own_BHPW.masked_fill(~there_PW, UNSEEN).logsumexp(-1)
+        q, k, v, keep, prefix = torch.cat(queries, -1), torch.cat(keys, -1), v_BGME, call.mask.keys, grid.prefix
+        if self.zeros:
+            # All of them are one key in front, of value 0, whose score a further feature carries.
+            score_BHP = beyond_BHP.clamp(min=UNSEEN).to(q.dtype)
+            q = torch.cat([q, F.pad(score_BHP, (prefix, 0), value=UNSEEN).unsqueeze(-1)], -1)
+            k = F.pad(k, (0, 1))
+            mark_1F = F.pad(k.new_ones(1, 1), (k.shape[3] - 1, 0))
+            k = torch.cat([mark_1F.expand(*k.shape[:2], -1, -1), k], 2)
+            q, v, prefix = F.pad(q, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), prefix + 1
+            keep = None if keep is None else F.pad(keep, (1, 0), value=True)
+        o = neighborhood_attention(q, k, v, axes, prefix=prefix, keep=keep, scale=1.0, backend=self.backend)
+        return o[:, :, prefix - grid.prefix :]
 
     def oracle(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
-        """Dense attention under the mask of block and halo, with the embedding of every pair."""
+        """Dense attention to the map and what lies around it, under the mask of block and halo, pair by pair."""
         grid = call.grid
         self._axes(grid)
         k_BGMD, v_BGME = blank_padding(call.mask.keys, k_BGMD, v_BGME)
         q_BHPD = grid.split(q_BHND)[1]
-        near_PP = torch.ones(grid.positions, grid.positions, dtype=torch.bool, device=q_BHND.device)
-        bias_BHPP = q_BHPD.new_zeros(*q_BHPD.shape[:3], grid.positions)
-        settings = zip(grid.places(q_BHND.device).unbind(1), self.block, self.halo, self.relative, strict=True)
-        for place, block, halo, table in settings:
-            first = (place // block * block).unsqueeze(1)
-            near_PP = near_PP & (place >= first - halo) & (place < first + block + halo)
-            entry_PP = (place - place.unsqueeze(1) + block + 3 * halo - 1).clamp(0, len(table) - 1)
-            bias_BHPP = bias_BHPP + torch.einsum("bhnd,nmd->bhnm", q_BHPD, table[entry_PP])
+        frames = [
+            (halo, block + halo) if self.zeros else (0, 0) for block, halo in zip(self.block, self.halo, strict=True)
+        ]
+        around = Grid(tuple(length + sum(frame) for length, frame in zip(grid.shape, frames, strict=True)))
+        sides = [side for frame in reversed(frames) for side in frame]
+        k_BGMD, v_BGME = (
+            torch.cat(
+                [x[:, :, : grid.prefix], F.pad(grid.unflatten(x[:, :, grid.prefix :]), (0, 0, *sides)).flatten(2, -2)],
+                2,
+            )
+            for x in (k_BGMD, v_BGME)
+        )
+        keep = call.mask.keys
+        if keep is not None:
+            map_BS = keep[:, grid.prefix :].unflatten(1, grid.shape)
+            keep = torch.cat([keep[:, : grid.prefix], F.pad(map_BS, sides, value=True).flatten(1)], 1)
+        near_PM = torch.ones(grid.positions, around.positions, dtype=torch.bool, device=q_BHND.device)
+        bias_BHPM = q_BHPD.new_zeros(*q_BHPD.shape[:3], around.positions)
+        queries, keys = grid.places(q_BHND.device).unbind(1), around.places(q_BHND.device).unbind(1)
+        settings = zip(queries, keys, frames, self.block, self.halo, self.relative, strict=True)
+        for place, key, (before, _), block, halo, table in settings:
+            first, offset = (place // block * block).unsqueeze(1), key - before - place.unsqueeze(1)
+            near_PM = near_PM & (key - before >= first - halo) & (key - before < first + block + halo)
+            entry_PM = (offset + block + 3 * halo - 1).clamp(0, len(table) - 1)
+            bias_BHPM = bias_BHPM + torch.einsum("bhnd,nmd->bhnm", q_BHPD, table[entry_PM])
         corner = (grid.prefix, 0, grid.prefix, 0)
-        mask = Mask.pairs_(F.pad(near_PP, corner, value=True)) & Mask.biased(F.pad(bias_BHPP, corner))
-        mask = mask.with_(keys=call.mask.keys)
-        return softmax_attention(q_BHND, k_BGMD, v_BGME, mask, scale=self.scale, backend="oracle")
+        seen = F.pad(near_PM, corner, value=True)
+        seen[: grid.prefix, grid.prefix :] = F.pad(
+            torch.ones(grid.shape, dtype=torch.bool, device=seen.device), sides
+        ).flatten()
+        mask = Mask.pairs_(seen) & Mask.biased(F.pad(bias_BHPM, corner))
+        return softmax_attention(q_BHND, k_BGMD, v_BGME, mask.with_(keys=keep), scale=self.scale, backend="oracle")
 
     def count(self, sizes: Sizes) -> Cost:
-        """Two products per visible pair, and one per query and visible place of an axis.
+        """Two products per visible pair, and one per query and place of an axis that takes part.
 
-        The torch backend multiplies all entries of the tables, and the one-hot places of the keys.
+        The torch backend multiplies all entries of the tables, and the one-hot places of the keys; zeros beyond the
+        border are one key and one feature more.
         """
         axes, widths, size = self._axes(sizes.grid), self._widths(), self.site.head_dim
-        cost = block_cost(self.site, sizes, axes, score=size + sum(widths))
         positions, per_product = sizes.grid.positions, 2 * sizes.batch * self.site.heads * size
-        needed = sum(axis.pairs() * positions // axis.length for axis in axes)
+        needed = block_cost(self.site, sizes, axes)
+        run = replace(sizes, grid=Grid(sizes.grid.shape, sizes.grid.prefix + self.zeros))
+        executed = block_cost(self.site, run, axes, score=size + sum(widths) + self.zeros).executed
+        scores = [
+            positions * width if self.zeros else axis.pairs() * positions // axis.length
+            for axis, width in zip(axes, widths, strict=True)
+        ]
         made = positions * sum(2 * width - 1 for width in widths)
-        return cost + Cost(per_product * needed, per_product * made)
+        return Cost(needed.flops + per_product * sum(scores), executed + per_product * made, needed.pairs)

@@ -9,10 +9,10 @@ at both ends are smaller, no pair is computed in vain, and sizes need not divide
 lets zero padding take part, here there is none. Two layers, one shifted, connect what no window holds together.
 
 b (H, 2 window - 1, ...) is learned, one number per head and offset; entry `window - 1` is offset 0 and offsets
-are key - query (published tables are query - key: flip every axis). An axis of the site's grid that is no longer
-than a window is one window and is not shifted; others keep their window and shift. So does the code of Video Swin,
-which is three axes; that of Swin, where the shorter axis fits into a window, makes both windows so long and shifts
-neither.
+are key - query (published tables are query - key: flip every axis). An axis, of the site's grid or of the call's, that
+is no longer than a window is one window and is not shifted; others keep their window and shift. So does the code of
+Video Swin, which is three axes; that of Swin, where the shorter axis fits into a window, makes both windows so long and
+shifts neither.
 
 Prefix tokens see every token and every token sees them, in the same softmax and without bias; the paper has none.
 
@@ -118,20 +118,24 @@ class Swin(Attend):
                 f"of {grid.rank} axes"
             )
         return tuple(
-            Block(length, window, shift if window < length else 0)
+            Block(length, min(window, length), shift if window < length else 0)
             for length, window, shift in zip(grid.shape, self.window, self.shift, strict=True)
         )
 
     def compute(self, q_BHND: Tensor, k_BGMD: Tensor, v_BGME: Tensor, call: Call) -> Tensor:
-        """Run the op."""
+        """Run the op, with the offsets that its windows have."""
+        axes = self._axes(call.grid)
+        bias: Tensor = self.relative_bias
+        for number, (axis, window) in enumerate(zip(axes, self.window, strict=True), 1):
+            bias = bias.narrow(number, window - axis.window, 2 * axis.window - 1)
         return neighborhood_attention(
             q_BHND,
             k_BGMD,
             v_BGME,
-            self._axes(call.grid),
+            axes,
             prefix=call.grid.prefix,
             keep=call.mask.keys,
-            bias=self.relative_bias,
+            bias=bias,
             scale=self.scale,
             backend=self.backend,
         )

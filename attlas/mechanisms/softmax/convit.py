@@ -122,8 +122,8 @@ class ConViT(Mixer):
                 f"heads that start as the taps of a square convolution are a square number, got {heads}: "
                 f"take {side**2} or {(side + 1) ** 2}, or local_init=False"
             )
-        dx_H, dy_H = (Grid((side, side)).places() - (side - 1) / 2).unbind(1)
-        w_H3 = torch.stack([2 * dx_H, 2 * dy_H, -torch.ones(heads)], 1)
+        dx_H, dy_H = (Grid((side, side)).places(self.gate.device) - (side - 1) / 2).unbind(1)
+        w_H3 = torch.stack([2 * dx_H, 2 * dy_H, -torch.ones_like(dx_H)], 1)
         with torch.no_grad():
             self.v_proj.weight.copy_(torch.eye(self.site.dim))
             self.position_proj.weight.copy_(self.strength * w_H3)
