@@ -143,6 +143,12 @@ def test_bench_models_measures_networks_once(attlas, tmp_path):
     assert attlas("bench", "models", "vit_micro", *sizes)[0] == 0
     assert records(tmp_path) == before
     assert attlas("bench", "softmax", "vit_micro")[1].endswith("separate them by commas: softmax,vit_micro")
+    assert "--side: only of networks" in attlas("bench", "softmax", "--side", 64)[1]
+    assert "--dim, --set: only of mechanisms" in attlas("bench", "models", "vit_micro", "--dim", 8, "--set", "a=1")[1]
+    assert "at least 1" in attlas("bench", "models", "vit_micro", "--batch", 0)[1]
+    code, text = attlas("bench", "models", "vit_large", *sizes)
+    assert code == 2
+    assert "left out, with more than 60 M parameters (--largest): vit_large" in text
 
 
 def test_compare_trains_networks_on_pictures(attlas, tmp_path):
@@ -155,3 +161,5 @@ def test_compare_trains_networks_on_pictures(attlas, tmp_path):
     kinds = {record["job"]["kind"] for record in records(tmp_path).values()}
     assert kinds == {"quality"}, "no lengths are swept for networks"
     assert "poolformer_micro" in attlas("compare", "poolformer_mikro", "--task", "images")[1]
+    assert "--dim: only of mechanisms" in attlas("compare", "vit_micro", "--task", "images", "--dim", 8)[1]
+    assert "on _micro" in attlas("compare", "vit_t*", "--task", "images")[1]

@@ -24,11 +24,14 @@ def macs(model: nn.Module, image: Tensor) -> int:
         image: a picture (or a batch) on the device of the model.
     """
     flops = [0]
-    was = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.no_grad(), _counted(model, flops), flop_counter() as counter:
-        model(image)
-    model.train(was)
+    try:
+        with torch.no_grad(), _counted(model, flops), flop_counter() as counter:
+            model(image)
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return (flops[0] + counter.get_total_flops()) // 2
 
 

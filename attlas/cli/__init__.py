@@ -56,7 +56,7 @@ def list_(
     if names == "models":
         if family or pattern or grid:
             raise BadInput("--family, --pattern and --grid are of mechanisms: leave them out after models")
-        console.print(networks_table(networks or "*"))
+        console.print(networks_table(networks or "*", console.width))
         return
     if networks:
         raise BadInput(f"only the word models is followed by more names; separate them by commas: {names},{networks}")
@@ -233,6 +233,7 @@ Settings = Annotated[
 
 @app.command()
 def bench(
+    context: typer.Context,
     names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas; or the word models.")] = DEMO,
     networks: Annotated[str, typer.Argument(help="After the word models: names or wildcards of networks.")] = "",
     sizes: Annotated[str, typer.Option(help="Lengths or grids: 256..16384 (doubling), 512,1000 or 14x14,56x56.")] = (
@@ -270,10 +271,13 @@ def bench(
     if names == "models":
         from attlas.bench.networks import network_jobs
 
-        chosen = no_larger(networks or "*", largest)
-        network_list = network_jobs(chosen, side=side, batch=batch or 8, dtype=dtypes, threads=threads)
+        _refuse(context, "of mechanisms", "sizes", "measures", "pattern", "backend", "dim", "heads", "setting")
+        chosen = no_larger(networks or "*", largest, console)
+        pictures = 8 if batch is None else batch
+        network_list = network_jobs(chosen, side=side, batch=pictures, dtype=dtypes, threads=threads)
         _run(network_list, store, html, "Image networks measured", retry_failed=retry_failed)
         return
+    _refuse(context, "of networks: write attlas bench models", "side", "largest")
     if networks:
         raise BadInput(f"only the word models is followed by more names; separate them by commas: {names},{networks}")
     if pattern not in PATTERNS:
@@ -287,12 +291,21 @@ def bench(
         causal=PATTERNS[pattern],
         backend=backend,
         params=by_mechanism(setting, mechanisms),
-        batch=batch or 1,
+        batch=1 if batch is None else batch,
         dim=dim,
         heads=heads,
         threads=threads,
     )
     _run(jobs, store, html, "Attention mechanisms measured", retry_failed=retry_failed)
+
+
+def _refuse(context: typer.Context, what: str, *options: str) -> None:
+    """Raise where an option was given that would not be read."""
+    flags = {option: f"--{option}" for option in options} | {"setting": "--set"}
+    sources = {each: context.get_parameter_source(each) for each in options}
+    given = [flags[each] for each, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if given:
+        raise BadInput(f"{', '.join(given)}: only {what}; leave it out")
 
 
 def _bench_decode(threads: int, rounds: int, scale: float, store: Path) -> None:
@@ -307,6 +320,7 @@ def _bench_decode(threads: int, rounds: int, scale: float, store: Path) -> None:
 
 @app.command()
 def compare(
+    context: typer.Context,
     names: Annotated[str, typer.Argument(help="Names or wildcards, separated by commas.")] = DEMO,
     tasks: Annotated[
         str, typer.Option("--tasks", "--task", help="Of text, masked_text, digits, images, recall.")
@@ -340,6 +354,8 @@ def compare(
     given = {"steps": steps, "length": length, "dim": dim, "layers": layers}
     mechanisms = read_names(names, networks=any(task_named(task).picture for task in parts(tasks)))
     layers_alone = [name for name in mechanisms if not is_network(name)]
+    if not layers_alone:
+        _refuse(context, "of mechanisms, and networks are as large as they are", "parameters", "dim", "layers", "sizes")
     if baseline is None:
         baseline = "softmax" if layers_alone else "vit_micro"
     params = by_mechanism(setting, [baseline, *mechanisms])

@@ -54,7 +54,8 @@ def parts(text: str) -> list[str]:
 def read_names(text: str, *, networks: bool = False) -> list[str]:
     """The mechanisms that names and wildcards mean; variants are kept as they are.
 
-    With `networks`, what means no mechanism may mean image networks.
+    With `networks`, what means no mechanism may mean image networks for classification: by wildcard those on _micro, by
+    name any.
     """
     found: list[str] = []
     for name in parts(text):
@@ -62,9 +63,11 @@ def read_names(text: str, *, networks: bool = False) -> list[str]:
         if not networks or _matches(base, mechanisms()):
             found += [name] if colon and resolve(name) else mechanisms(base)
         elif _matches(name, models()):
-            found += models(name)
+            found += [each for each in models(name, task="classification") if each == name or each.endswith("_micro")]
         else:
             raise UnknownName(f"no mechanism or network is called {name!r}{nearest(name, mechanisms() + models())}")
+    if not found:
+        raise BadInput(f"{text!r} means networks of published sizes; name them in full, or those on _micro")
     return list(dict.fromkeys(found))
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from attlas.core.mechanism import Mechanism
 
 _mechanisms: dict[str, type[Mechanism]] = {}
+LISTED = 30
+"""How many names an error lists where none is near."""
 Class = TypeVar("Class", bound="type[Mechanism]")
 
 
@@ -90,7 +92,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; known: {', '.join(known)}"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"; known: {', '.join(known[:LISTED])}{more}"
 
 
 def _member(enum: type[StrEnum], value: str) -> StrEnum:

@@ -22,6 +22,7 @@ from attlas.bench.tasks import TASKS
 from attlas.bench.tasks.images import DIGIT, SIDE, Images
 from attlas.bench.training import train
 from attlas.core.errors import BadInput
+from attlas.core.mechanism import Mechanism
 
 TINY = NetworkJob("vit_micro", side=32, batch=2, threads=1)
 
@@ -70,6 +71,37 @@ def test_oracle_error_sees_a_wrong_mechanism(monkeypatch):
     oracle_error.cache_clear()
 
 
+def test_every_small_size_of_the_family_clears_a_network(monkeypatch):
+    from attlas.mechanisms.conv.pool import Pool
+
+    right = Pool.compute
+    monkeypatch.setattr(Pool, "compute", lambda self, *args: 5 * right(self, *args))
+    oracle_error.cache_clear()
+    (record,) = sweep([NetworkJob("poolformer_s12", side=32, batch=1, threads=1)])
+    oracle_error.cache_clear()
+    assert record.failure.error == "OracleMismatch"
+
+
+def test_the_small_sizes_hold_every_mechanism_of_the_published_ones():
+    def inside(name):
+        with torch.device("meta"):
+            net = models.create(name)
+        return {module.spec.name for module in net.modules() if isinstance(module, Mechanism)}
+
+    published = [name for name in models.models(task="classification") if name in models.figures()]
+    for name in {models.model(name).build: name for name in published}.values():
+        missing = inside(name).difference(*map(inside, networks._smallest(name)))
+        assert not missing, f"{name} has {missing}, which no small size of its family proves"
+
+
+def test_counting_leaves_every_part_in_its_mode():
+    net = models.create("resnet_micro").train()
+    frozen = next(module for module in net.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    macs(net, torch.zeros(1, 3, 64, 64))
+    assert net.training
+    assert not frozen.training
+
+
 def test_what_does_not_fit_is_not_tried(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 10_000)
     (record,) = sweep([TINY])
@@ -79,8 +111,9 @@ def test_what_does_not_fit_is_not_tried(monkeypatch):
 def test_jobs_without_a_meaning():
     with pytest.raises(BadInput, match="float32 or bfloat16"):
         network_jobs(["vit_micro"], dtype="float64")
-    with pytest.raises(BadInput, match="at least 1"):
-        network_jobs(["vit_micro"], batch=0)
+    for given in ({"batch": 0}, {"side": 0}, {"threads": 0}):
+        with pytest.raises(BadInput, match="at least 1"):
+            network_jobs(["vit_micro"], **given)
 
 
 def test_records_come_back_as_they_were():
@@ -107,6 +140,11 @@ def test_the_report_ranks_draws_and_finds(tmp_path):
     assert "vit_tiny: 50.0 images/s, 5.00 M parameters, 2.00 GMACs" in page
     assert "OutOfMemory: too &lt;large&gt;" in page
     assert "77.2" in page, "published accuracy"
+
+
+def test_a_network_that_is_gone_does_not_cost_the_report(tmp_path):
+    gone = replace(made_up("x", 1_000_000, 0.1), job=NetworkJob("gone_tiny"))
+    assert "gone_tiny" in write_html([gone], tmp_path / "r.html", command="x", machine={}).read_text()
 
 
 def test_peak_memory_of_known_allocations():

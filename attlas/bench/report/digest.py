@@ -135,10 +135,13 @@ class QualityTable:
     def setting(self) -> str:
         """What every row shares."""
         job = self.job
-        return (
-            f"{job.steps} steps of {job.batch} sequences of {job.length} tokens; {job.layers} layers of "
-            f"{job.dim} channels, {job.heads} heads; {job.parameters:,} parameters each"
-        )
+        said = f"{job.steps} steps of {job.batch} sequences of {job.length} tokens"
+        whole = [row.name for row in self.rows if is_network(row.mechanism)]
+        if len(whole) < len(self.rows):
+            said += (
+                f"; {job.layers} layers of {job.dim} channels, {job.heads} heads; {job.parameters:,} parameters each"
+            )
+        return f"{said}; image networks as they are" if whole else said
 
 
 def quality_tables(records: Iterable[Record], names: Mapping[Identity, str]) -> list[QualityTable]:
@@ -392,15 +395,21 @@ def network_tables(records: Iterable[Record]) -> list[NetworkTable]:
         if isinstance(job, NetworkJob):
             outcome = record.result if isinstance(record.result, NetworkResult) else record.failure
             assert outcome is not None
-            words = f"pictures of {job.side} x {job.side}, {job.dtype}, {_counted(job.threads, 'thread')}"
+            threads = _counted(job.threads, "thread")
+            words = f"pictures of {job.side} x {job.side}, {job.dtype}, {threads}, batch {job.batch}"
             found[words, job.batch, machine_facts(record)][job.network] = outcome
 
     def slowness(row: NetworkResult | Failure) -> float:
         return row.batched.median if isinstance(row, NetworkResult) else math.inf
 
+    shared = set.intersection(*(set(machine) for _, _, machine in found)) if found else set()
     return [
-        NetworkTable(words, batch, dict(sorted(rows.items(), key=lambda item: slowness(item[1]))))
-        for (words, batch, _), rows in found.items()
+        NetworkTable(
+            ", ".join([words, *(fact for fact in machine if fact not in shared)]),
+            batch,
+            dict(sorted(rows.items(), key=lambda item: slowness(item[1]))),
+        )
+        for (words, batch, machine), rows in found.items()
     ]
 
 
@@ -524,7 +533,7 @@ class Digest:
             seeds = max((len(row.runs) for table in self.quality for row in table.ranked), default=0)
             rows = {row.name for table in self.quality for row in table.rows if row.role != "noise control"}
             parts.append(
-                f"{_counted(len(rows), 'mechanism')} trained on {_listed(tasks)} with {_counted(seeds, 'seed')} each"
+                f"{_counted(len(rows), 'model')} trained on {_listed(tasks)} with {_counted(seeds, 'seed')} each"
             )
         if self.speed:
             lengths = [n for t in self.speed for each in t.rows.values() for m in each.values() for n in m]
@@ -651,7 +660,7 @@ def _network_findings(table: NetworkTable) -> Iterable[Finding]:
             rate = numbers.digits(table.images_per_second(best))
             said.append(f"{low / 1e6:.0f} to {high / 1e6:.0f} M parameters {best} with {rate} images/s")
     if said:
-        yield Finding("networks", f"Fastest at {table.setting}, batch {table.batch}: {'; '.join(said)}.")
+        yield Finding("networks", f"Fastest at {table.setting}: {'; '.join(said)}.")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -380,7 +380,8 @@ def _inside(first: float, count: int, gap: float, low: float, high: float) -> fl
 def _near_labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> Iterable[str]:
     """Names beside single points, as near as they hit no other name and no mark, with a leader where that is far."""
     ends = [(each, p, sx(p.x), sy(p.y)) for each in series for p in _shown(each, sx, sy)[-1:]]
-    marks: list[Box] = [(at - 6, height - 6, at + 6, height + 6) for _, _, at, height in ends]
+    places = [(sx(p.x), sy(p.y)) for each in series for p in _shown(each, sx, sy)]
+    marks: list[Box] = [(at - 6, height - 6, at + 6, height + 6) for at, height in places]
     for _, p, at, _ in ends:
         if p.low is not None and p.high is not None and sy.shows(p.low):
             marks.append((at - 3, sy(p.high), at + 3, sy(p.low)))
@@ -392,13 +393,13 @@ def _near_labels(series: Sequence[Series], sx: _Scale, sy: _Scale) -> Iterable[s
         return hits + _outside(box, sx, sy) + far
 
     for each, _, at, height in ends:
-        wide, places = _width(each.name), {}
+        wide, beside = _width(each.name), {}
         for side, anchor in ((1, "start"), (-1, "end")):
             left = at + 9 if side > 0 else at - 9 - wide
             for dy in (0, -11, 11, -20, 20, -32, 32, -44, 44, -56, 56, -70, 70):
                 y = height + dy
-                places[side, dy, anchor] = ((left, y - 6, left + wide, y + 6), abs(dy))
-        (side, dy, anchor), (box, _) = min(places.items(), key=lambda item: cost(item[1]))
+                beside[side, dy, anchor] = ((left, y - 6, left + wide, y + 6), abs(dy))
+        (side, dy, anchor), (box, _) = min(beside.items(), key=lambda item: cost(item[1]))
         names.append(box)
         if abs(dy) > 20:
             tip = f"{at + 8 * side:.1f} {height + dy - math.copysign(4, dy):.1f}"

@@ -25,7 +25,7 @@ def terminal_tables(records: Iterable[Record]) -> list[RenderableType]:
         for measure in sweep.measures:
             parts += [*_speed(sweep, measure), Text()]
     for networks in digest.networks:
-        parts += [Text(f"{networks.setting}, batch {networks.batch}", "bold"), _networks(networks), Text()]
+        parts += [Text(networks.setting, "bold"), *_networks(networks), Text()]
     findings = Table.grid(padding=(0, 2))
     findings.add_column(max_width=24)
     for finding in digest.findings:
@@ -90,7 +90,7 @@ def _speed(sweep: SpeedTable, measure: Measure) -> Iterable[RenderableType]:
             yield from _reasons(name, [result])
 
 
-def _networks(found: NetworkTable) -> RenderableType:
+def _networks(found: NetworkTable) -> Iterable[RenderableType]:
     table = _table(["parameters", "GMACs", "images/s", "ms, one picture", "memory"], "network")
     for name, row in found.rows.items():
         if isinstance(row, NetworkResult):
@@ -103,8 +103,11 @@ def _networks(found: NetworkTable) -> RenderableType:
                 numbers.memory(row.peak_bytes),
             )
         else:
-            table.add_row(Text(name), Text(row.error, "red"))
-    return table
+            table.add_row(Text(name), Text("failed", "red"))
+    yield table
+    for name, row in found.rows.items():
+        if isinstance(row, Failure):
+            yield from _reasons(name, [row])
 
 
 def _length(found: EfficiencyLength | None) -> Text:
