@@ -14,6 +14,7 @@ old model in the same measure, so that what their errors add up to goes too. Lab
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from attlas.adapt.swap.host import MARK, dtype_and_device
 from attlas.adapt.swap.report import Report, Verdict
 from attlas.core.errors import BadInput
 
@@ -77,10 +79,11 @@ def distil(
 ) -> Distilled:
     """Distil the old attention of a swapped model into the new one; only swapped modules that are not exact change.
 
-    The model runs in evaluation mode throughout, and is afterwards in the mode it was in.
+    The model runs in evaluation mode and without a cache throughout, and is afterwards as it was. Parameters that are
+    frozen, or that the old modules hold too (shared with layers that were left), do not change.
 
     Args:
-        model: that was swapped.
+        model: that was swapped; it may have been moved since.
         report: of that swap, which holds the old modules.
         loader: batches of the user's data, gone through again and again.
         layer_steps: batches for the layers, each for itself.
@@ -93,7 +96,8 @@ def distil(
         console: where progress and the errors are printed.
 
     Raises:
-        BadInput: nothing was swapped, nothing to learn from, or a checkpoint of another work.
+        BadInput: nothing was swapped, nothing can learn, nothing to learn from, an error that is not finite (before
+            it changed or saved anything), or a checkpoint of another work.
     """
     if not report.old:
         raise BadInput("the report holds no old modules: it was undone, or a dry run; swap again and distil then")
@@ -102,26 +106,90 @@ def distil(
     inexact = [row.name for row in report.rows if row.name in report.old and row.verdict is not Verdict.EXACT]
     if not inexact:
         raise BadInput(f"{report.mechanism} is exact everywhere it was swapped in: there is nothing to distil")
-    news = {name: model.get_submodule(name) for name in inexact}
-    olds = {name: report.old[name] for name in inexact}
+    news = {name: _swapped(model, name, report.mechanism) for name in inexact}
+    olds = {name: report.teachers[name] for name in inexact}
     work = _Work(model, news, olds, run or _run, Distilled({name: [] for name in news}))
+    _check_learning(work.learning)
+    for name, old in olds.items():
+        _follow(old, news[name])
+    about = {
+        "mechanism": report.mechanism,
+        "modules": list(news),
+        "parameters": {name: {key: list(x.shape) for key, x in new.state_dict().items()} for name, new in news.items()},
+        "steps": {"layers": layer_steps, "whole": whole_steps},
+        "learning rate": learning_rate,
+    }
     path = None if checkpoint is None else Path(checkpoint)
     console = console or Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    modes = {each: each.training for whole in (model, *report.old.values()) for each in whole.modules()}
-    for each in modes:
-        each.training = False
-    try:
-        with Progress(*columns, console=console, transient=True) as bars:
-            parts = {"layers": (layer_steps, work.layer_errors), "whole": (whole_steps, work.whole_error)}
-            saved = _load(path, work, {part: steps for part, (steps, _) in parts.items()})
-            for part, (steps, errors) in parts.items():
-                _descend(work, part, steps, errors, loader, learning_rate, path, every, saved, bars)
-    finally:
-        for each, training in modes.items():
-            each.training = training
+    bars = Progress(*columns, console=console, transient=True)
+    with torch.inference_mode(False), torch.enable_grad(), _quiet(work), bars:
+        parts = {"layers": (layer_steps, work.layer_errors), "whole": (whole_steps, work.whole_error)}
+        saved = _load(path, work, about)
+        for part, (steps, errors) in parts.items():
+            _descend(work, part, steps, errors, loader, learning_rate, path, every, saved, about, bars)
     console.print(work.done)
     return work.done
+
+
+def _swapped(model: nn.Module, name: str, mechanism: str) -> nn.Module:
+    """The module that the swap put into the model."""
+    try:
+        new = model.get_submodule(name)
+    except AttributeError:
+        new = None
+    if getattr(new, MARK, None) != mechanism:
+        raise BadInput(f"the model has no {mechanism} at {name}: pass the model that was swapped, not one around it")
+    assert new is not None
+    return new
+
+
+def _check_learning(learning: list[nn.Parameter]) -> None:
+    if not learning:
+        raise BadInput(
+            "no parameter of the swapped modules can learn: they have none, are frozen (call requires_grad_(True)), or "
+            "share them with modules that were left"
+        )
+    if any(each.dtype == torch.float16 for each in learning):
+        raise BadInput("steps of the optimizer vanish or overflow in float16: call model.float() or model.bfloat16()")
+
+
+def _follow(old: nn.Module, new: nn.Module) -> None:
+    """Move the old module to where the model went since the swap."""
+    if any(each.is_floating_point() for each in new.parameters()):
+        dtype, device = dtype_and_device(new)
+        if (dtype, device) != dtype_and_device(old):
+            old.to(device, dtype)
+
+
+@contextmanager
+def _quiet(work: _Work) -> Iterator[None]:
+    """Evaluation, no caches, and gradients for nothing but what learns; as it was afterwards."""
+    modules = {each: each.training for whole in (work.model, *work.olds.values()) for each in whole.modules()}
+    configs: dict[int, Any] = {id(config): config for each in modules if (config := getattr(each, "config", None))}
+    configs = {at: config for at, config in configs.items() if hasattr(config, "use_cache")}
+    caches = [(config, config.use_cache) for config in configs.values()]
+    learning = {id(each) for each in work.learning}
+    frozen = [each for each in work.model.parameters() if each.requires_grad and id(each) not in learning]
+    try:
+        for module in modules:
+            module.training = False
+        for config, _ in caches:
+            config.use_cache = False
+        for each in frozen:
+            each.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modules.items():
+            module.training = training
+        for config, use in caches:
+            config.use_cache = use
+        for each in frozen:
+            each.requires_grad_(True)
+
+
+Heard = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]]
+"""What each module was asked and said, call by call."""
 
 
 @dataclass
@@ -137,19 +205,21 @@ class _Work:
 
     @property
     def learning(self) -> list[nn.Parameter]:
-        """The parameters of the swapped modules, each once."""
+        """The parameters of the swapped modules that learn, each once; none that the old ones hold too."""
+        held = {id(each) for old in self.olds.values() for each in old.parameters()}
         found = {id(each): each for new in self.news.values() for each in new.parameters() if each.requires_grad}
-        return list(found.values())
+        return [each for each in found.values() if id(each) not in held]
 
     @contextmanager
-    def old(self, heard: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] | None = None) -> Iterator[None]:
+    def old(self, heard: Heard | None = None) -> Iterator[None]:
         """The old modules answer inside the block; what each was asked and said goes to `heard`."""
 
         def answering(name: str) -> Callable[..., Any]:
             def answer(*args: Any, **kwargs: Any) -> Any:
+                asked = args, {key: _kept(value) for key, value in kwargs.items()}
                 said = self.olds[name](*args, **kwargs)
                 if heard is not None:
-                    heard[name] = (args, kwargs, _tensor(said))
+                    heard.setdefault(name, []).append((*asked, _tensor(said)))
                 return said
 
             return answer
@@ -164,14 +234,16 @@ class _Work:
 
     def layer_errors(self, batch: Any) -> dict[str, Tensor]:
         """The error of each layer on what the old model's layers meet."""
-        heard: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+        heard: Heard = {}
         with torch.no_grad(), self.old(heard):
             self.run(self.model, batch)
         if not heard:
             raise BadInput("the model ran without calling a swapped module: nothing to learn from this batch")
         return {
-            name: _error(_tensor(self.news[name](*args, **kwargs)), said)
-            for name, (args, kwargs, said) in heard.items()
+            name: torch.stack(
+                [_error(_tensor(self.news[name](*args, **kwargs)), said) for args, kwargs, said in calls]
+            ).mean()
+            for name, calls in heard.items()
         }
 
     def whole_error(self, batch: Any) -> dict[str, Tensor]:
@@ -191,6 +263,7 @@ def _descend(
     path: Path | None,
     every: int,
     saved: dict[str, Any],
+    about: dict[str, Any],
     bars: Progress,
 ) -> None:
     """One part of the work, from where it stands."""
@@ -207,7 +280,7 @@ def _descend(
             found = errors(batch)
             optimizer.zero_grad()
             torch.stack(list(found.values())).sum().backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
+            _check_finite(found, nn.utils.clip_grad_norm_(learning, 1.0))
             optimizer.step()
             schedule.step()
             work.steps[part] += 1
@@ -216,10 +289,21 @@ def _descend(
             mean = sum(error.item() for error in found.values()) / len(found)
             bars.update(bar, completed=work.steps[part], description=f"{part}, error {mean:.4f}")
             if path is not None and work.steps[part] % every == 0:
-                _save(path, work, part, steps, optimizer, schedule)
+                _save(path, work, part, about, optimizer, schedule)
     finally:
+        optimizer.zero_grad()
         if path is not None and work.steps[part] > first:
-            _save(path, work, part, steps, optimizer, schedule)
+            _save(path, work, part, about, optimizer, schedule)
+
+
+def _check_finite(errors: dict[str, Tensor], norm: Tensor) -> None:
+    wrong = [name or "the whole model" for name, error in errors.items() if not error.isfinite()]
+    if wrong or not norm.isfinite():
+        raise BadInput(
+            f"the {'error' if wrong else 'gradient'} of {', '.join(wrong) or 'the swapped modules'} is not finite, so "
+            "nothing more was learned: look for values that are not finite in the batch and in what the old modules "
+            "say (sequences of nothing but padding?), or take a lower learning rate"
+        )
 
 
 def _rate(step: int, steps: int) -> float:
@@ -231,10 +315,16 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error relative to the variance of what is wanted, over all but the last axis."""
+    """Squared error relative to the variance of what is wanted, over all but the last axis; of one row, in the row."""
     wanted = wanted.float()
-    spread = (wanted - wanted.flatten(0, -2).mean(0)).square().mean()
+    rows = wanted.flatten(0, -2)
+    spread = (rows - (rows.mean(0) if len(rows) > 1 else rows.mean())).square().mean()
     return (found.float() - wanted).square().mean() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _kept(value: Any) -> Any:
+    """What a call was given, safe from what the call does to it: a cache is filled."""
+    return copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
 
 
 def _tensor(said: Any) -> Tensor:
@@ -272,7 +362,7 @@ def _batches(loader: Iterable[Any], count: int, device: torch.device) -> Iterato
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return (batch.clone() if batch.is_inference() else batch).to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
@@ -280,12 +370,14 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _save(path: Path, work: _Work, part: str, steps: int, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+def _save(
+    path: Path, work: _Work, part: str, about: dict[str, Any], optimizer: torch.optim.Optimizer, schedule: Any
+) -> None:
     """Write the state beside the file, then put it in its place."""
     state = {
+        "about": about,
         "part": part,
         "steps": work.steps,
-        "wanted": steps,
         "modules": {name: new.state_dict() for name, new in work.news.items()},
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -298,15 +390,16 @@ def _save(path: Path, work: _Work, part: str, steps: int, optimizer: torch.optim
     beside.replace(path)
 
 
-def _load(path: Path | None, work: _Work, steps: dict[str, int]) -> dict[str, Any]:
+def _load(path: Path | None, work: _Work, about: dict[str, Any]) -> dict[str, Any]:
     """What an earlier call reached, its weights put in place; empty where there is none."""
     if path is None or not path.exists():
         return {}
     state = torch.load(path, map_location=work.learning[0].device, weights_only=True)
-    if state.get("modules", {}).keys() != work.news.keys():
-        raise BadInput(f"{path} is of a work on other modules; give another checkpoint= or remove it")
-    if state["wanted"] != steps[state["part"]]:
-        raise BadInput(f"{path} is of a work of other steps, {state['wanted']} for {state['part']}; remove it")
+    theirs = state.get("about", {})
+    for key, value in about.items():
+        if theirs.get(key) != value:
+            was = f", {theirs[key]}" if key in theirs and key != "parameters" else ""
+            raise BadInput(f"{path} is of a work with other {key}{was}; give another checkpoint= or remove it")
     for name, new in work.news.items():
         new.load_state_dict(state["modules"][name])
     work.done.layers, work.done.whole, work.steps = state["layers"], state["whole"], state["steps"]

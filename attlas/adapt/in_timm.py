@@ -5,7 +5,7 @@ timm reads a slash as an address on the Hub, so a name is `attlas_` and the netw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -66,13 +66,17 @@ def _entry(name: str) -> Callable[..., nn.Module]:
         side = settings.get("img_size", accepted["img_size"])
         height, width = (side, side) if isinstance(side, int) else side
         own = {THEIRS.get(key, key): value for key, value in settings.items()}
-        if not own.get("drop") and "drop" not in accepted:  # its training script always says 0
-            own.pop("drop", None)
+        if "drop" not in accepted and own.pop("drop", None):  # its training script always says 0
+            able = [PREFIX + each for each in models(task="classification") if "drop" in model(each).accepted]
+            raise BadInput(f"{PREFIX}{name} takes no drop_rate; networks that do: {', '.join(able[:8])}")
+        indices = own.pop("out_indices", None) if own.get("features_only") else None
         net = create(name, **own)
+        if indices is not None and isinstance(net, FeaturePyramid):
+            net = FeaturePyramid(net.backbone, _taken(indices, len(net.channels)))
         config = {
             "architecture": PREFIX + name,
             "input_size": (settings.get("in_chans", 3), height, width),
-            "num_classes": settings.get("num_classes", 1000),
+            "num_classes": settings.get("num_classes", accepted["num_classes"]),
             **IMAGENET,
         }
         described: Any = net
@@ -87,11 +91,22 @@ def _entry(name: str) -> Callable[..., nn.Module]:
     return build
 
 
+def _taken(indices: int | Sequence[int], count: int) -> list[int]:
+    """The maps that timm means: a number is so many of the last, and negative ones count from the end."""
+    if isinstance(indices, int):
+        if not 1 <= indices <= count:
+            raise BadInput(f"out_indices={indices} are the last {indices} maps, and there are {count}")
+        return list(range(count - indices, count))
+    return [index + count if -count <= index < 0 else index for index in indices]
+
+
 def _feature_info(net: FeaturePyramid) -> Any:
     """Channels and strides of the maps, as timm's dense heads ask for them."""
     from timm.models import FeatureInfo
 
     whole = net.backbone
     maps = enumerate(zip(whole.channels, whole.strides, strict=True))
-    entries = [{"num_chs": chans, "reduction": stride, "module": f"stages.{at}"} for at, (chans, stride) in maps]
+    entries = [
+        {"num_chs": chans, "reduction": stride, "module": f"backbone.stages.{at}"} for at, (chans, stride) in maps
+    ]
     return FeatureInfo(entries, net.indices)

@@ -15,6 +15,7 @@ from attlas.blocks.factory import make_attend, resolve, settings_of
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Attend
+from attlas.core.spec import Takes
 from attlas.ops.softmax import attention_weights
 
 
@@ -23,18 +24,21 @@ class MultiheadAttention(nn.Module):
 
     Masks follow torch here, and only here: a bool mask is True where attention is *not* allowed. Two
     things are more lenient than torch: `is_causal=True` needs no `attn_mask`, and a query that may attend
-    to nothing gives the output of 0 instead of NaN. Causality is aligned to the last query.
+    to nothing gives the output of 0 instead of NaN. Causality is aligned to the last query. A call is cross-attention
+    to the mechanism unless query and key are one tensor.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
             dtype: as in torch.
         mechanism: any attend by name, see `attlas.mechanisms()`.
         causal: build the mechanism causal; linear mechanisms need to know. `is_causal` is then implied, and
-            an `attn_mask` that is the causal triangle is recognised and not needed.
+            an `attn_mask` that is the causal triangle is recognised and not needed. Not with add_bias_kv or
+            add_zero_attn, which append keys: give `is_causal=True` or `attn_mask` there.
         backend: of the mechanism's ops.
         **params: of the mechanism.
 
     Raises:
+        BadInput: head counts that do not fit, or a causal mechanism and appended keys.
         UnknownName: no such mechanism.
         Unsupported: the mechanism mixes tokens without queries and keys.
     """
@@ -70,6 +74,11 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise BadInput(f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
+        if causal and (add_bias_kv or add_zero_attn):
+            raise BadInput(
+                "add_bias_kv and add_zero_attn append keys, and a causal mechanism counts from the last key, so that "
+                "tokens would see ahead: leave causal=True out and pass is_causal=True or attn_mask in the call"
+            )
         if "weight_dropout" in settings_of(resolve(mechanism)[0]):
             params["weight_dropout"], dropout = dropout, 0.0
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -125,11 +134,10 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As in torch. Weights are returned for softmax; other mechanisms have none and return None."""
-        batched = query.ndim == 3
+        batched, same = query.ndim == 3, query is key
         if not batched:
             query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        same = query is key or (query.shape == key.shape and query.data_ptr() == key.data_ptr())
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         mask = self._mask(query, key, key_padding_mask, attn_mask, is_causal)
@@ -177,16 +185,47 @@ class MultiheadAttention(nn.Module):
             if attn_mask.ndim == 3:
                 attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
             _check(attn_mask, "attn_mask", (queries, keys))
-            if not (self.causal and _is_triangle(attn_mask)):
+            if not (self.causal and self._is_triangle(attn_mask)):
                 mask = Mask.pairs_(F.pad(_allowed(attn_mask), (0, extra), value=True))
-                mask = mask & _finite_bias(attn_mask, extra)
+                mask = mask & self._finite_bias(attn_mask, extra)
         elif is_causal and not self.causal:
             mask = Mask.pairs_(F.pad(_triangle(queries, keys, query.device), (0, extra), value=True))
         if key_padding_mask is not None:
             _check(key_padding_mask, "key_padding_mask", (batch, keys))
             mask = mask & Mask.padding(F.pad(_allowed(key_padding_mask), (0, extra), value=True))
-            mask = mask & _finite_bias(key_padding_mask[:, None, None, :], extra)
+            mask = mask & self._finite_bias(key_padding_mask[:, None, None, :], extra)
         return mask
+
+    def _finite_bias(self, mask: Tensor, extra: int) -> Mask:
+        """What a float mask of torch's convention adds where it is not -inf.
+
+        Compiled code cannot look: a mechanism that takes a bias gets it, and for others a zero is asserted.
+        """
+        if not mask.is_floating_point():
+            return Mask()
+        finite = mask.masked_fill(mask == -torch.inf, 0)
+        if not torch.compiler.is_compiling():
+            return Mask.biased(F.pad(finite, (0, extra))) if finite.any() else Mask()
+        if Takes.BIAS in self._takes:
+            return Mask.biased(F.pad(finite, (0, extra)))
+        torch._assert_async((finite == 0).all(), "this mechanism takes no bias, and a float mask adds one")
+        return Mask()
+
+    def _is_triangle(self, mask: Tensor) -> bool:
+        """Whether the mask is causality and nothing else; compiled code asserts it where the mechanism needs it."""
+        same = _allowed(mask) == _triangle(mask.shape[-2], mask.shape[-1], mask.device)
+        if not torch.compiler.is_compiling():
+            return bool(same.all()) and self._finite_bias(mask, 0).bias is None
+        if Takes.PAIRS in self._takes:
+            return False
+        torch._assert_async(same.all(), "this mechanism takes no mask but the causal triangle")
+        self._finite_bias(mask, 0)
+        return True
+
+    @property
+    def _takes(self) -> frozenset[Takes]:
+        """What of a mask the mechanism honours."""
+        return self.attend.spec.masks
 
 
 def _check(mask: Tensor, name: str, shape: tuple[int, int]) -> None:
@@ -201,19 +240,5 @@ def _allowed(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask != -torch.inf
 
 
-def _finite_bias(mask: Tensor, extra: int) -> Mask:
-    """What a float mask of torch's convention adds where it is not -inf."""
-    if not mask.is_floating_point():
-        return Mask()
-    finite = mask.masked_fill(mask == -torch.inf, 0)
-    return Mask.biased(F.pad(finite, (0, extra))) if finite.any() else Mask()
-
-
 def _triangle(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
-def _is_triangle(mask: Tensor) -> bool:
-    queries, keys = mask.shape[-2:]
-    same = (_allowed(mask) == _triangle(queries, keys, mask.device)).all()
-    return bool(same) and _finite_bias(mask, 0).bias is None

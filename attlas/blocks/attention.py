@@ -99,14 +99,17 @@ class Attention(Mixer):
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Project, attend, merge."""
         q, k, v = self._project(x_BNC, context_BMC, 0)
+        return self._merge(self._attend(q, k, v, x_BNC, call), x_BNC)
+
+    oracle = compute  # the attend has the oracle
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x_BNC: Tensor, call: Call) -> Tensor:
+        """Hook: what is merged, as heads (B, H, N, D); a shell with more than the attend adds to it."""
         mask = call.mask
         bias = None if call.cross else self.position.bias(call.grid)
         if bias is not None:
             mask = mask & Mask.biased(bias.to(q.dtype))
-        o = self.attend(q, k, v, mask=mask, grid=call.grid, cross=call.cross, tokens=x_BNC)
-        return self._merge(o, x_BNC)
-
-    oracle = compute  # the attend has the oracle
+        return self.attend(q, k, v, mask=mask, grid=call.grid, cross=call.cross, tokens=x_BNC)
 
     def _project(self, x_BNC: Tensor, context: Tensor | None, start: int) -> tuple[Tensor, Tensor, Tensor]:
         heads, size = self.site.heads, self.site.head_dim

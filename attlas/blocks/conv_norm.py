@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attlas.core.errors import BadInput
+from attlas.ops.batch_norm import scale_and_shift
+
 
 class ConvNorm(nn.Module):
     """BN(conv(x)), the convolution without a bias.
@@ -47,11 +50,8 @@ class ConvNorm(nn.Module):
     @torch.no_grad()
     def fused(self) -> nn.Conv2d:
         """One convolution with a bias that does what this does in evaluation."""
-        norm, old = self.norm, self.conv
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        return convolution_like(old, old.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+        scale, shift = scale_and_shift(self.norm)
+        return convolution_like(self.conv, self.conv.weight * scale[:, None, None, None], shift)
 
 
 def convolution_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
@@ -110,11 +110,21 @@ def fuse(model: nn.Module) -> nn.Module:
     """Every part of a model that says how replaced by what it is the same as in evaluation, in place.
 
     Such parts have a method `fused`: convolutions and projections with a batch normalisation behind them.
+
+    Raises:
+        BadInput: a model in training, whose statistics still move.
     """
+    if any(part.training and callable(getattr(part, "fused", None)) for part in model.modules()):
+        raise BadInput("in training a batch norm is no part of a convolution: call model.eval() first")
+    fused = getattr(model, "fused", None)
+    return fused() if callable(fused) else _fuse_inside(model)
+
+
+def _fuse_inside(model: nn.Module) -> nn.Module:
     for name, child in model.named_children():
         fused = getattr(child, "fused", None)
         if callable(fused):
             setattr(model, name, fused())
         else:
-            fuse(child)
+            _fuse_inside(child)
     return model

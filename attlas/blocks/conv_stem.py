@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from attlas.blocks.embed import MapNorm
 from attlas.core.errors import BadInput
-
-MapNorm = Callable[[int], nn.Module]
 
 
 class ConvStem(nn.Module):
@@ -43,8 +42,11 @@ class ConvStem(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if len(widths) != len(strides) or not widths:
-            raise BadInput(f"widths and strides name each convolution, got {list(widths)} and {list(strides)}")
+        if len(widths) != len(strides) or not widths or min(*widths, *strides) < 1:
+            raise BadInput(
+                f"widths and strides count channels and places for each convolution, got {list(widths)} and "
+                f"{list(strides)}"
+            )
         pairs = itertools.pairwise([in_chans, *widths])
         self.convs = nn.ModuleList(
             nn.Conv2d(dim, out, 3, stride, 1, bias=bias) for (dim, out), stride in zip(pairs, strides, strict=True)

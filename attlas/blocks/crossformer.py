@@ -43,6 +43,8 @@ class CrossScale(nn.Module):
         after: MapNorm | None = None,
     ) -> None:
         super().__init__()
+        if not kernels or stride < 1:
+            raise BadInput(f"a kernel at least and a stride of at least 1, got {tuple(kernels)} and {stride}")
         if any(kernel < stride or (kernel - stride) % 2 for kernel in kernels):
             raise BadInput(f"kernels are centred on patches of {stride} places, got {tuple(kernels)}")
         halvings = [*range(1, len(kernels)), len(kernels) - 1]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from attlas.core.errors import share
+from attlas.core.errors import BadInput, share
 
 
 class DropPath(nn.Module):
@@ -32,7 +32,13 @@ class DropPath(nn.Module):
 
 
 def rising(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Drop rates that rise evenly from 0 in the first block to `rate` in the last, as lists per stage."""
-    total = sum(depths)
+    """Drop rates that rise evenly from 0 in the first block to `rate` in the last, as lists per stage.
+
+    Raises:
+        BadInput: a rate that is no share, or depths that count no block.
+    """
+    rate, total = share("drop_path", rate), sum(depths)
+    if total < 1 or min(depths) < 0:
+        raise BadInput(f"depths count the blocks of each stage, at least one in all, got {list(depths)}")
     each: Iterator[float] = (rate * index / max(1, total - 1) for index in range(total))
     return [[next(each) for _ in range(depth)] for depth in depths]

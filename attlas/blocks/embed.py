@@ -51,8 +51,24 @@ class Downsample(nn.Module):
         self.after = nn.Identity() if after is None else after(out)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """A smaller map."""
-        return self.after(self.conv(filled(self.before(x_BCHW), self.multiple)))
+        """A smaller map.
+
+        Raises:
+            BadInput: a map on which the kernel finds no place.
+        """
+        x_BCHW = filled(self.before(x_BCHW), self.multiple)
+        check_room(x_BCHW, self.conv.kernel_size[0], int(self.conv.padding[0]))
+        return self.after(self.conv(x_BCHW))
+
+
+def check_room(x_BCHW: Tensor, kernel: int, padding: int) -> None:
+    """Refuse a map that is smaller than the kernel of a convolution."""
+    height, width = x_BCHW.shape[2:]
+    if height + 2 * padding < kernel or width + 2 * padding < kernel:
+        raise BadInput(
+            f"the picture is too small: a convolution of {kernel} x {kernel} finds no place on a map of "
+            f"{height} x {width}"
+        )
 
 
 def filled(x_BCHW: Tensor, multiple: int) -> Tensor:
@@ -115,6 +131,18 @@ def check_patches(image_BCHW: Tensor, size: int) -> None:
             f"pictures are cut into patches of {size} x {size}, which {height} x {width} does not divide into; resize "
             f"or pad them to {-height % size + height} x {-width % size + width}"
         )
+
+
+def prefix_tokens(count: int, dim: int) -> nn.Parameter:
+    """Learned tokens that stand in front of a sequence, (P, C)."""
+    tokens = nn.Parameter(torch.empty(count, dim))
+    nn.init.trunc_normal_(tokens, std=0.02)
+    return tokens
+
+
+def with_prefix(prefix_PC: Tensor, x_BNC: Tensor) -> Tensor:
+    """Prefix tokens in front of each sequence of a batch, (B, P + N, C)."""
+    return torch.cat([prefix_PC.expand(len(x_BNC), -1, -1), x_BNC], 1)
 
 
 class Places(nn.Module):

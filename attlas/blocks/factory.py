@@ -106,10 +106,12 @@ def make_attend(
     causal: bool = False,
     length: int | None = None,
     grid: Grid | Sequence[int] | None = None,
+    layer: int = 0,
+    layers: int = 1,
     backend: str = "auto",
     **params: Any,
 ) -> Attend:
-    """Build a mechanism as a module on q, k, v, without projections.
+    """Build a mechanism as a module on q, k, v, without projections; arguments are those of `mixer`.
 
     Raises:
         Unsupported: the mechanism works on tokens; use `mixer`.
@@ -122,7 +124,7 @@ def make_attend(
     if isinstance(grid, Sequence):
         grid = Grid(tuple(grid))
     _check_settings(cls, params, frozenset())
-    site = Site(heads * head_dim, heads, kv_heads or heads, head_dim, causal, length, grid)
+    site = Site(heads * head_dim, heads, kv_heads or heads, head_dim, causal, length, grid, layer, layers)
     return cls(site, backend, **params)
 
 

@@ -58,18 +58,14 @@ class LocallyEnhanced(Attention):
         self.local_proj = nn.Linear(site.dim, width) if of == "projection" else None
         self.conv = depthwise(width, kernel, site.grid.rank)
 
-    def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
-        """Project, turn, attend, convolve, merge."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x_BNC: Tensor, call: Call) -> Tensor:
+        """Turn, attend, and add the convolution."""
         if call.cross:
             raise self._unsupported("a second sequence beside a convolution of the first")
-        q, k, v = self._project(x_BNC, None, 0)
         if self.turned:
             places_NR = F.pad(call.grid.places(x_BNC.device), (0, 0, call.grid.prefix, 0))
             q, k = rotate_axes(q, places_NR), rotate_axes(k, places_NR)
-        o = self.attend(q, k, v, mask=call.mask, grid=call.grid, tokens=x_BNC)
-        return self._merge(o + self._local(x_BNC, v, call), x_BNC)
-
-    oracle = compute  # the attend and the convolution have oracles
+        return super()._attend(q, k, v, x_BNC, call) + self._local(x_BNC, v, call)
 
     def _local(self, x_BNC: Tensor, v_BHND: Tensor, call: Call) -> Tensor:
         """The convolution as heads (B, H, N, D)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from attlas.blocks.stage import set_checkpointing
-from attlas.core.errors import BadInput
+from attlas.core.errors import AttlasError, BadInput
 from attlas.core.registry import nearest
 from attlas.models.backbone import Backbone, FeaturePyramid
 from attlas.models.registry import State, model, models
@@ -43,8 +45,8 @@ def create(
             others that the network takes; whatever is left out is as published.
 
     Raises:
-        UnknownName: no such network or setting.
-        BadInput: a value that has no meaning there; weights that do not fit.
+        UnknownName: no such network.
+        BadInput: no such setting, a value that has no meaning there; weights that do not fit.
     """
     entry = model(name)
     for setting in settings:
@@ -83,8 +85,16 @@ def load_weights(net: nn.Module, name: str, weights: str | Path | State, source:
         known = ", ".join(["attlas", *key_maps])
         raise BadInput(f"{name} reads checkpoints of {known}, got source={source!r}")
     state = read_checkpoint(weights) if isinstance(weights, str | Path) else weights
+    if not isinstance(state, Mapping):
+        raise BadInput(f"weights are a file or a state dict, got a {type(state).__name__}; pass model.state_dict()")
     if source != "attlas":
-        state = key_maps[source](dict(state), net)
+        try:
+            state = key_maps[source](dict(state), net)
+        except AttlasError:
+            raise
+        except (LookupError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInput(f"these are not the names and shapes of {source}'s {name}: {why}") from error
     own = net.state_dict()
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shaped = [
@@ -96,7 +106,19 @@ def load_weights(net: nn.Module, name: str, weights: str | Path | State, source:
     said = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in wrong.items() if keys]
     if said:
         raise BadInput(f"the checkpoint does not fit {name}; {'; '.join(said)}")
+    _check_tied(name, own, state)
     net.load_state_dict(state)
+
+
+def _check_tied(name: str, own: State, state: State) -> None:
+    """Refuse a checkpoint with two values for what is one weight in the network."""
+    homes: dict[int, str] = {}
+    for key, value in own.items():
+        if value.is_meta or not value.numel():
+            continue
+        first = homes.setdefault(value.data_ptr(), key)
+        if first != key and own[first].shape == value.shape and not torch.equal(state[first], state[key]):
+            raise BadInput(f"the checkpoint does not fit {name}: {first} and {key} are one weight here, two in it")
 
 
 def read_checkpoint(path: str | Path) -> State:
@@ -106,12 +128,32 @@ def read_checkpoint(path: str | Path) -> State:
         raise BadInput(f"there is no checkpoint {path}; Attlas downloads nothing, pass a file that you have")
     if path.suffix == ".safetensors":
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
             raise BadInput(f"to read {path.name}: pip install safetensors") from None
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path.name} is no whole safetensors file: {error}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise BadInput(
+            f"{path.name} cannot be read without running what it holds ({type(error).__name__}); where you trust it, "
+            "open it with torch.load(path, weights_only=False) and pass the state dict inside"
+        ) from None
     for key in ("state_dict_ema", "model_ema", "state_dict", "model", "params_ema", "params"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise BadInput(f"{path.name} holds no state dict but a {type(state).__name__}; save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}

@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from attlas.blocks.embed import Places
+from attlas.blocks.embed import Places, prefix_tokens, with_prefix
 from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput, share
 from attlas.core.grid import Grid
@@ -65,9 +64,7 @@ class Isotropic(Backbone):
             raise BadInput(f"prefix tokens join before one of the {depth} blocks, 0 to {depth - 1}, got {joins}")
         self.grid, self.pool, self.joins = grid, pool, joins
         self.embed = embed
-        self.prefix = nn.Parameter(torch.empty(grid.prefix, dim)) if grid.prefix else None
-        if self.prefix is not None:
-            nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.prefix = prefix_tokens(grid.prefix, dim) if grid.prefix else None
         self.places = Places(dim, Grid(grid.shape) if joins else grid) if places else None
         self.drop = nn.Dropout(share("drop", drop))
         bounds = list(itertools.pairwise(sorted({0, joins, *ends})))
@@ -94,11 +91,16 @@ class Isotropic(Backbone):
                 maps.append(to_map(grid.split(x_BNC)[1], Grid(grid.shape)))
         return self.norm(x_BNC)
 
+    def headless(self) -> None:
+        """Without norms behind the last map."""
+        super().headless()
+        self.norm, self.head_norm = nn.Identity(), nn.Identity()
+
     def _join(self, x_BNC: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """The prefix tokens in front."""
         if self.prefix is None:
             return x_BNC, grid
-        return torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1), Grid(grid.shape, self.grid.prefix)
+        return with_prefix(self.prefix, x_BNC), Grid(grid.shape, self.grid.prefix)
 
     def forward_head(self, x_BNC: Tensor) -> Tensor:
         """Pool and classify."""

@@ -30,10 +30,15 @@ def split(state: State, pattern: str, names: Sequence[str]) -> State:
     """Entries whose key holds `pattern` cut into equal parts along the first axis, one per name.
 
     split(state, "qkv", ("q_proj", "k_proj", "v_proj")) gives what `attlas.Attention` has.
+
+    Raises:
+        BadInput: an entry that has no such parts.
     """
     parts: State = {}
     for key, value in state.items():
         if pattern in key:
+            if not value.ndim or len(value) % len(names):
+                raise BadInput(f"{key} holds {', '.join(names)} in equal parts, got the shape {tuple(value.shape)}")
             chunks = value.chunk(len(names))
             parts |= {key.replace(pattern, name): chunk for name, chunk in zip(names, chunks, strict=True)}
         else:
@@ -43,6 +48,21 @@ def split(state: State, pattern: str, names: Sequence[str]) -> State:
 
 QKV = ("q_proj", "k_proj", "v_proj")
 """The projections of `attlas.Attention`, in the order in which others fuse them."""
+
+
+def tables(state: State, *names: str) -> State:
+    """Tables of places and prefix tokens, (1, N, C) or (1, H, W, C) elsewhere, as (N, C) here; those that are there.
+
+    Raises:
+        BadInput: an entry that is no table.
+    """
+    found = dict(state)
+    for name in names:
+        if name in found:
+            if found[name].ndim < 2:
+                raise BadInput(f"{name} is a table of places and channels, got the shape {tuple(found[name].shape)}")
+            found[name] = found[name].flatten(0, -2)
+    return found
 
 
 def in_stages(state: State, depths: Sequence[int], blocks: str = "blocks") -> State:

@@ -35,7 +35,7 @@ class Published:
         build: makes it, from keyword arguments.
         settings: the arguments that make it the published one.
         title, year, paper: of the publication.
-        task: "classification", "restoration" or "segmentation".
+        task: "classification", "restoration", "segmentation" or "generation".
         key_maps: from the checkpoints of other libraries, by "timm" or "official".
         reconstruction: no official code was found.
     """

@@ -61,6 +61,11 @@ class TwoBranch(Backbone):
         self.stages, self.norms = nn.ModuleList(stages), nn.ModuleList(norms)
         self.head = head
 
+    def headless(self) -> None:
+        """Without norms behind the last maps."""
+        super().headless()
+        self.norms = nn.ModuleList(nn.Identity() for _ in self.norms)
+
     def forward_features(self, image_BCHW: Tensor, maps: list[Tensor] | None = None) -> Pair:  # type: ignore[override]
         """Both branches after their norms."""
         pair, grids = self.embed(image_BCHW)

@@ -5,11 +5,19 @@ B batch, N tokens, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.ops.precision import wide
+
+
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm, torch's or this one, does in evaluation: x * scale + shift, per channel."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class TokenBatchNorm(nn.Module):

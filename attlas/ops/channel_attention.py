@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.ops.maps import to_map, to_tokens
 
@@ -31,6 +32,8 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, dim: int, hidden: int, activation: Activation = nn.ReLU, gate: Activation = nn.Sigmoid) -> None:
         super().__init__()
+        if hidden < 1:
+            raise BadInput(f"channel attention has one hidden channel at least, got {hidden} of {dim}: squeeze it less")
         self.squeeze, self.excite = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.activation, self.gate = activation(), gate()
 
@@ -65,6 +68,8 @@ class ChannelConvs(nn.Module):
 
     def __init__(self, dim: int, hidden: int, squeezed: int, activation: Activation = nn.GELU) -> None:
         super().__init__()
+        if hidden < 1:
+            raise BadInput(f"there is one channel at least between the convolutions, got {hidden} of {dim}")
         self.conv1, self.conv2 = nn.Conv2d(dim, hidden, 3, padding=1), nn.Conv2d(hidden, dim, 3, padding=1)
         self.activation = activation()
         self.attention = ChannelAttention(dim, squeezed)

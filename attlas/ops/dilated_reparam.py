@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
-from attlas.ops.batch_norm import TokenBatchNorm
+from attlas.ops.batch_norm import TokenBatchNorm, scale_and_shift
 from attlas.ops.maps import to_map, to_tokens
 
 BRANCHES: Mapping[int, tuple[tuple[int, int], ...]] = {
@@ -69,13 +69,13 @@ class DilatedReparam(nn.Module):
         kernel = large.kernel_size[0]
         weight, bias = torch.zeros_like(large.weight), torch.zeros_like(large.weight[:, 0, 0, 0])
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            factor, shift = scale_and_shift(norm)
             (taps, _), (step, _) = conv.kernel_size, conv.dilation
             edge = (kernel - 1 - step * (taps - 1)) // 2
             weight[:, :, edge : kernel - edge : step, edge : kernel - edge : step] += (
                 conv.weight * factor[:, None, None, None]
             )
-            bias += norm.bias - norm.running_mean * factor
+            bias += shift
         self.merged = nn.Conv2d(len(weight), len(weight), kernel, padding=kernel // 2, groups=len(weight)).to(weight)
         assert self.merged.bias is not None
         self.merged.weight.copy_(weight)

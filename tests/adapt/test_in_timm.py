@@ -23,6 +23,7 @@ def test_networks_are_created_by_timm():
     assert torch.equal(net.eval()(image), own.eval()(image))
     assert [module.rate for module in net.modules() if hasattr(module, "rate")][-1] == pytest.approx(0.1)
     assert net.num_classes == 5
+    assert timm.create_model("attlas_ninformer_cifar").num_classes == 10
     assert timm.data.resolve_data_config({}, model=net)["input_size"] == (1, 64, 64)
 
 
@@ -50,3 +51,20 @@ def test_what_timm_cannot_have(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models", None)
     with pytest.raises(BadInput, match=r"attlas\[timm\]"):
         register_in_timm()
+
+
+def test_maps_are_chosen_as_in_timm():
+    register_in_timm()
+    for indices, channels in ((2, [64, 64]), ((-1,), [64]), ((0, -2), [32, 64])):
+        net = timm.create_model("attlas_poolformer_micro", features_only=True, out_indices=indices)
+        assert net.feature_info.channels() == channels
+    for name in net.feature_info.module_name():
+        net.get_submodule(name)
+    with pytest.raises(BadInput, match="the last 9 maps, and there are 4"):
+        timm.create_model("attlas_poolformer_micro", features_only=True, out_indices=9)
+
+
+def test_dropout_is_refused_in_the_words_of_timm():
+    register_in_timm()
+    with pytest.raises(BadInput, match=r"attlas_vit_micro takes no drop_rate; networks that do: attlas_\w+"):
+        timm.create_model("attlas_vit_micro", drop_rate=0.1)

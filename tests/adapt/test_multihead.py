@@ -137,6 +137,38 @@ def test_a_causal_mechanism_takes_torchs_triangle():
         layer(x, x, x, attn_mask=torch.rand(N, N) > 0.5)
 
 
+@pytest.mark.parametrize("appending", ["add_bias_kv", "add_zero_attn"])
+def test_a_causal_mechanism_has_no_keys_appended(appending):
+    with pytest.raises(BadInput, match="tokens would see ahead"):
+        attlas.MultiheadAttention(C, H, mechanism="linear", causal=True, **{appending: True})
+
+
+def test_query_and_key_are_one_tensor_or_two():
+    layer = attlas.MultiheadAttention(C, H, batch_first=True, mechanism="neighborhood", window=3).eval()
+    x = torch.randn(B, N, C)
+    assert layer(x, x, x)[0].shape == x.shape
+    with pytest.raises(Unsupported, match="cross"):
+        layer(x, x.detach(), x)
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear"])
+def test_compiled_in_one_graph_with_float_masks(mechanism):
+    torch._dynamo.reset()
+    layer = attlas.MultiheadAttention(C, H, batch_first=True, mechanism=mechanism, causal=True).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, N, C)
+    padding = torch.zeros(B, N)
+    padding[0, 3:] = -torch.inf
+    masks = {"key_padding_mask": padding, "attn_mask": nn.Transformer.generate_square_subsequent_mask(N)}
+    torch.testing.assert_close(compiled(x, x, x, **masks)[0], layer(x, x, x, **masks)[0])
+    other = {"attn_mask": torch.randn(N, N)}
+    if mechanism == "softmax":
+        torch.testing.assert_close(compiled(x, x, x, **other)[0], layer(x, x, x, **other)[0])
+    else:
+        with pytest.raises(RuntimeError, match="no mask but the causal triangle"):
+            compiled(x, x, x, **other)
+
+
 def test_bad_input_is_named():
     with pytest.raises(BadInput, match="num_heads must divide embed_dim, got 3 and 16"):
         attlas.MultiheadAttention(16, 3)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from attlas.blocks.conv_norm import ConvNorm, Residual, TwoKernels, fuse
+from attlas.core.errors import BadInput
 from attlas.ops.channel_attention import ChannelAttention, MapChannelAttention
 
 
@@ -44,6 +45,20 @@ def test_fuse_looks_inside():
     assert fuse(net) is net
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     torch.testing.assert_close(net(x), expected)
+
+
+def test_in_training_nothing_is_fused():
+    net = nn.Sequential(ConvNorm(4, 8), nn.ReLU())
+    with pytest.raises(BadInput, match="eval"):
+        fuse(net)
+    assert isinstance(net[0], ConvNorm)
+
+
+def test_a_part_by_itself_is_fused_too():
+    part, x = shake(ConvNorm(4, 6)), torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    one = fuse(part)
+    assert isinstance(one, nn.Conv2d)
+    torch.testing.assert_close(one(x), part(x))
 
 
 def test_a_branch_that_starts_at_nothing():

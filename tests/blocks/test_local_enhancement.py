@@ -96,7 +96,20 @@ def test_bad_input() -> None:
         make(of="keys")
     with pytest.raises(BadInput, match="grid="):
         LocallyEnhanced(attlas.make_attend("softmax", 2, 8))
+    with pytest.raises(BadInput, match="its kernel is odd, got 4"):
+        make(kernel=4)
     with pytest.raises(BadInput, match="no kv_heads"):
         LocallyEnhanced(attlas.make_attend("softmax", 2, 8, kv_heads=1, grid=GRID))
     with pytest.raises(Unsupported, match="second sequence"):
         make()(tokens(), tokens())
+
+
+def test_a_bias_of_positions_is_added_to_the_scores() -> None:
+    position = attlas.positions.RelativeBias(2, GRID.shape)
+    with torch.no_grad():
+        position.table.normal_()
+    layer, x = make(position=position), tokens()
+    q, k, v = (heads(proj(x)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    o = ((q @ k.mT) / 8**0.5 + position.bias(GRID)).softmax(-1) @ v
+    beside = layer.conv(layer.v_proj(x).mT.unflatten(2, GRID.shape)).flatten(2).mT
+    torch.testing.assert_close(layer(x), layer.out_proj(o.transpose(1, 2).flatten(2) + beside))

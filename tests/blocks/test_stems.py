@@ -22,6 +22,9 @@ def test_a_stem_has_no_activation_behind_its_last_norm() -> None:
     assert stem(image).shape == (2, 6, 4, 5)
     with pytest.raises(BadInput, match="each convolution"):
         ConvStem(3, (4, 6), (2,))
+    for widths, stride in (((4, 0), 2), ((4, 6), 0)):
+        with pytest.raises(BadInput, match="count channels and places"):
+            ConvStem(3, widths, (2, stride))
 
 
 def test_places_are_added_and_resampled() -> None:

@@ -67,6 +67,13 @@ def test_small_maps_are_enlarged(shape):
     assert layer(torch.randn(2, shape[0] * shape[1], 12, dtype=torch.float64), grid=shape).isfinite().all()
 
 
+@pytest.mark.parametrize(("kernel", "shape"), [(15, (11, 11)), (15, (11, 13)), (13, (7, 7)), (17, (3, 30))])
+def test_no_enlarged_side_is_below_the_kernel(kernel, shape):
+    size = build(Grid(shape), kernel=kernel)._enlarged(Grid(shape))
+    assert min(size) == kernel
+    assert size[1] == kernel * shape[1] // shape[0]
+
+
 def test_fused_it_is_the_same_in_evaluation():
     layer, x = build(Grid((8, 8))), torch.randn(2, 64, 12, dtype=torch.float64)
     expected, parameters = layer(x), sum(value.numel() for value in layer.parameters())

@@ -1,5 +1,6 @@
 """What every image network promises, at the smallest size of every family."""
 
+import argparse
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from attlas import models
 from attlas.bench.networks import oracle_error
 from attlas.blocks.drop_path import DropPath, rising
+from attlas.blocks.stage import Stage, set_checkpointing
 from attlas.core.errors import BadInput, UnknownName
-from attlas.models.backbone import Backbone
+from attlas.core.mechanism import Mixer
 
-MICRO = models.models("*_micro")
+MICRO = [name for name in models.models("*_micro") if models.model(name).task != "generation"]
 CLASSIFIERS = models.models("*_micro", task="classification")
 
 
@@ -80,6 +82,16 @@ def test_feature_maps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
+def test_feature_maps_leave_no_parameter_without_gradient(name: str) -> None:
+    net = built(name, features_only=True)
+    net.set_grad_checkpointing()
+    assert all(module.checkpointing for module in net.modules() if isinstance(module, Stage))
+    sum(found.square().mean() for found in net(picture(name))).backward()
+    without = [key for key, value in net.named_parameters() if value.grad is None]
+    assert not without, f"no gradient reaches {without}"
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_another_size_of_picture(name: str) -> None:
     net, size = built(name), side(name)
     larger = picture(name, size=size * 3 // 2)
@@ -99,8 +111,7 @@ def test_gradients_with_and_without_checkpointing(name: str) -> None:
     grads = []
     for checkpointing in (False, True):
         net.zero_grad()
-        if isinstance(net, Backbone):
-            net.set_grad_checkpointing(checkpointing)
+        set_checkpointing(net, checkpointing)
         net(image).square().mean().backward()
         without = [key for key, value in net.named_parameters() if value.grad is None]
         assert not without, f"no gradient reaches {without}"
@@ -108,6 +119,18 @@ def test_gradients_with_and_without_checkpointing(name: str) -> None:
     for plain, again in zip(*grads, strict=True):
         torch.testing.assert_close(again, plain)
     assert sum(grad.abs().max() > 0 for grad in grads[0]) > 0.9 * len(grads[0])
+
+
+@pytest.mark.parametrize("name", ["ffnet_micro", "ghostnetv2_micro", "resnet_micro", "shvit_micro"])
+def test_checkpointing_moves_running_statistics_once(name: str) -> None:
+    states = []
+    for checkpointing in (False, True):
+        net = built(name, checkpointing=checkpointing).train()
+        net(picture(name)).sum().backward()
+        states.append({key: value for key, value in net.named_buffers() if "running" in key or "num_batches" in key})
+    assert any(value.abs().sum() for value in states[0].values())
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -167,6 +190,41 @@ def test_checkpoints_from_files(tmp_path: Any) -> None:
         models.create("vit_micro", weights="b.safetensors")
 
 
+def test_files_that_are_no_checkpoints(tmp_path: Any) -> None:
+    state = built("vit_micro").state_dict()
+    for name, content in (
+        ("args.pth", {"model": state, "args": argparse.Namespace(a=1)}),
+        ("net.pth", nn.Linear(1, 1)),
+    ):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(BadInput, match="weights_only=False"):
+            models.create("vit_micro", weights=tmp_path / name)
+    for name, content in (("list.pth", [1]), ("numbers.pth", {1: torch.zeros(1)})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(BadInput, match="no state dict"):
+            models.create("vit_micro", weights=tmp_path / name)
+    for name, match in (("junk.pth", "weights_only=False"), ("junk.safetensors", "no whole safetensors file")):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(BadInput, match=match):
+            models.create("vit_micro", weights=tmp_path / name)
+    with pytest.raises(BadInput, match="got a list"):
+        models.create("vit_micro", weights=[1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_micro", "convit_micro", "crossvit_micro", "tnt_micro", "volo_micro", "illama_micro", "vig_micro"],
+)
+def test_wrong_checkpoints_of_others_say_so(name: str) -> None:
+    odd, one = torch.zeros(2, 2), torch.tensor(1.0)
+    tables = ("cls_token", "pos_embed", "pos_embed_0", "outer_pos", "inner_pos", "patch_pos", "pixel_pos")
+    parts = ("blocks.0.attn.qkv.weight", "blocks.0.attn.kv.weight", "blocks.0.inner_attn.qk.weight")
+    for source in models.model(name).key_maps:
+        for state in ({}, {"a": odd}, dict.fromkeys(tables, one), dict.fromkeys(parts, one), dict.fromkeys(parts, odd)):
+            with pytest.raises(BadInput):
+                models.create(name, weights=state, source=source)
+
+
 def test_weights_that_do_not_fit() -> None:
     state = built("vit_micro").state_dict()
     with pytest.raises(BadInput, match=r"shape: head.bias: \(1000,\) for \(10,\)"):
@@ -219,3 +277,68 @@ def test_drop_path_drops_whole_pictures_and_keeps_the_mean() -> None:
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
     assert drop.eval()(x) is x
     assert rising(0.3, [1, 3]) == [[0.0], pytest.approx([0.1, 0.2, 0.3])]
+    with pytest.raises(BadInput, match=r"drop_path is a share in \[0, 1\), got 1.5"):
+        rising(1.5, [1])
+    with pytest.raises(BadInput, match="at least one in all"):
+        models.create("sigmoid_vit_micro", depth=0)
+
+
+@pytest.mark.parametrize("name", ["activator_micro", "illama_micro", "ninformer_micro", "sigmoid_vit_micro"])
+def test_networks_of_patches_are_built_for_pictures_that_divide(name: str) -> None:
+    for wrong in ({"img_size": 60}, {"img_size": (64, 4)}, {"patch": 0}):
+        with pytest.raises(BadInput, match="img_size is a multiple of the patch"):
+            models.create(name, **wrong)
+
+
+@pytest.mark.parametrize("name", ["care_micro", "patnet_micro", "vig_micro"])
+def test_grids_are_those_of_what_rounds_down(name: str) -> None:
+    net = models.create(name, img_size=(100, 70)).eval()
+    sites = []
+    for module in net.modules():
+        if isinstance(module, Mixer):
+            module.register_forward_pre_hook(
+                lambda mixer, _, rest: sites.append((mixer.site.grid, rest["grid"])), with_kwargs=True
+            )
+    net(torch.randn(1, 3, 100, 70))
+    assert sites
+    assert all(built_for == got for built_for, got in sites)
+    with pytest.raises(BadInput, match="too small"):
+        models.create(name, img_size=4)
+
+
+def test_one_weight_takes_no_two_values() -> None:
+    state = {key: value.clone() for key, value in built("ninformer_micro").state_dict().items()}
+    models.create("ninformer_micro", weights=state)
+    state["stages.1.blocks.0.norm2.bias"] += 1
+    with pytest.raises(BadInput, match=r"stages\.1\.blocks\.0\.norm1\.bias and .*norm2\.bias are one weight here"):
+        models.create("ninformer_micro", weights=state)
+    with pytest.raises(BadInput, match="operator"):
+        models.create("karat_vit_micro", universal=True, weights=built("karat_vit_micro").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("illama_micro", {"x": (1,)}),
+        ("vig_micro", {"x": (1,)}),
+        ("fcaformer_micro", {"layer_2.blocks.0.attention_biases": (2, 49)}),
+        ("fcaformer_micro", {"layer_1.blocks.0.attention_biases": (2, 16)}),
+        ("fcaformer_micro", {"layer_2.blocks.0.s_token_bias": (2,)}),
+        ("fcaformer_micro", {"layer_2.blocks.0.qkv.weight": (7, 3)}),
+        ("hat_micro", {"layers.0.residual_group.blocks.0.attn.relative_position_bias_table": (14, 2)}),
+        ("hat_micro", {"layers.0.residual_group.overlap_attn.relative_position_bias_table": (225, 2)}),
+        ("overlock_micro", {"blocks1.0.proj.1.dil_conv_k5_1.weight": (16, 1, 5, 5)}),
+        (
+            "overlock_micro",
+            {
+                "blocks1.0.proj.1.lk_origin.weight": (16, 1, 3, 3),
+                "blocks1.0.proj.1.dil_conv_k5_1.weight": (16, 1, 5, 5),
+            },
+        ),
+        ("maxim_micro", {"x": (1,)}),
+    ],
+)
+def test_checkpoints_of_others_are_refused(name: str, state: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(BadInput) as caught:
+        models.create(name, weights={key: torch.zeros(shape) for key, shape in state.items()}, source="official")
+    assert "Error" not in str(caught.value)

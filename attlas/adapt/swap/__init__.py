@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from attlas.adapt.swap.host import AROUND, MARK, Core, Host, Place, Put, dtype_and_device
+from attlas.adapt.swap.host import AROUND, HOOKS, MARK, Core, Host, Place, Put, dtype_and_device
 from attlas.adapt.swap.report import Report, Row, Verdict
 from attlas.blocks.factory import resolve, settings_of
 from attlas.core.errors import AttlasError, BadInput, UnknownName, Unsupported
@@ -34,8 +34,8 @@ HOSTS = {"torch": "torch_nn", "timm": "timm_models", "transformers": "transforme
 SHOWN = 12
 """How many mechanisms an error names."""
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps what others hung on it."""
+WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel"})
+"""Classes that took note of a model's parameters, and would go on with the old ones."""
 
 TRIED = 16
 """Tokens of the trial call where the site has no grid."""
@@ -53,6 +53,9 @@ def places(model: nn.Module) -> list[Place]:
     """The attention modules of a model, in its own order, without those that were swapped."""
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found = {place.name: place for host in hosts() for place in host.places(model)}
+    for place in found.values():
+        if place.name.endswith("._orig_mod"):
+            place.obstacle = "it was compiled by itself: compile after the swap"
     return sorted(found.values(), key=lambda place: order[place.name])
 
 
@@ -83,7 +86,8 @@ def swap(
         where: wildcard patterns of module names, as in `model.named_modules()`: of the attention modules or of
             modules around them. Several are a sequence, or one string with commas.
         causal: build the mechanism causal where the module does not say what it is (those of torch.nn); needed by
-            mechanisms that cannot be told by a mask.
+            mechanisms that cannot be told by a mask. It then is causal in every call, so `where` should name the
+            decoder.
         grid: how tokens lie where the model does not say, as a shape or a `Grid` with prefix tokens.
         dry_run: build and check everything, change nothing.
         backend: of the mechanism's ops.
@@ -97,9 +101,25 @@ def swap(
         Unsupported: the mechanism cannot go anywhere here; the message names some that could.
         BadInput: modules that are swapped already, unknown settings.
     """
+    with torch.inference_mode(False):  # whose parameters could never be trained
+        return _swap(model, mechanism, where, causal, grid, dry_run, backend, settings)
+
+
+def _swap(
+    model: nn.Module,
+    mechanism: str,
+    where: str | Sequence[str],
+    causal: bool,
+    grid: Grid | Sequence[int] | None,
+    dry_run: bool,
+    backend: str,
+    settings: dict[str, Any],
+) -> Report:
     cls, variant = resolve(mechanism)
     if variant is not None:
         raise BadInput(f"{mechanism!r} sets head counts, and here those are the model's; swap in {cls.spec.name!r}")
+    if wrapped := WRAPPERS & {type(module).__name__ for module in model.modules()}:
+        raise BadInput(f"{min(wrapped)} holds on to the parameters that it found in the model: swap, then wrap")
     _check_settings(cls, settings)
     chosen, aliases = _choose(model, where)
     _describe(chosen, causal, grid)
@@ -111,6 +131,7 @@ def swap(
         news = [(place, put.module) for place, _, put in fits if put is not None]
         for _, new in news:
             setattr(new, MARK, mechanism)
+        report.teachers = {place.name: place.teacher(new) for place, new in news}
         report._undo = _install(model, news, aliases)
         report.old = {place.name: place.module for place, _ in news}
     return report
@@ -118,6 +139,8 @@ def swap(
 
 def _describe(chosen: list[Place], causal: bool, grid: Grid | Sequence[int] | None) -> None:
     """Tell the places what their modules did not know."""
+    if isinstance(grid, int):
+        raise BadInput(f"grid is a shape such as (14, 14) or ({grid},), or a Grid, got {grid}")
     shape = grid if isinstance(grid, Grid) or grid is None else Grid(tuple(grid))
     for place in chosen:
         if causal and place.causal_open:
@@ -135,7 +158,10 @@ def _check_settings(cls: type[Mechanism], given: dict[str, Any]) -> None:
 
 def _choose(model: nn.Module, where: str | Sequence[str]) -> tuple[list[Place], dict[str, list[str]]]:
     """The places that `where` means, and every name of each."""
-    patterns = [each.strip() for each in (where.split(",") if isinstance(where, str) else where)]
+    given = where.split(",") if isinstance(where, str) else where
+    patterns = [each.strip() for each in given if each.strip()]
+    if not patterns:
+        raise BadInput(f"where names no module, got {where!r}; '*' means all")
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
@@ -156,7 +182,8 @@ def _choose(model: nn.Module, where: str | Sequence[str]) -> tuple[list[Place], 
             name = min(hit)
             raise BadInput(
                 f"{name} holds {taken[name]} by an earlier swap ({len(hit)} such modules match {pattern!r}): call "
-                "undo() of that report first, or name other modules"
+                "undo() of that report first, or name other modules; a copy of a swapped model has no report, so swap "
+                "in a copy of the original"
             )
         if not found:
             raise UnknownName(_no_match(model, pattern, list(free)))
@@ -263,6 +290,8 @@ def _check_place(cls: type[Mechanism], place: Place) -> None:
 def _misfit(cls: type[Mechanism], place: Place) -> str | None:
     """Why this mechanism cannot serve the place, as far as its declaration says."""
     spec, site = cls.spec, place.site_for(cls)
+    if refusal := place.refuses(cls):
+        return refusal
     if place.pattern not in spec.patterns:
         hint = " (if all calls are causal, say causal=True)" if place.causal_open and not site.causal else ""
         return f"{spec.name} does not serve {place.pattern} attention{hint}"
@@ -303,7 +332,7 @@ def _build(place: Place, cls: type[Mechanism], backend: str, settings: dict[str,
     mechanism = cls(site, backend, **params)
     inner: Core | Mixer
     if isinstance(mechanism, Attend):
-        inner = Core(mechanism, rescale=rescale, **around)
+        inner = Core(mechanism, rescale=rescale, value_dim=place.value_dim, **around)
     else:
         assert isinstance(mechanism, Mixer)
         inner = mechanism
@@ -319,10 +348,20 @@ def _build(place: Place, cls: type[Mechanism], backend: str, settings: dict[str,
 
 
 def _put(place: Place, inner: Core | Mixer, memo: dict[int, Any]) -> Put:
+    for module in place.module.modules():
+        memo |= {id(hooks): hooks for hooks in _hooks(module)}
     try:
-        return place.put(inner, memo) if isinstance(inner, Core) else place.put_mixer(inner, memo)
+        put = place.put(inner, memo) if isinstance(inner, Core) else place.put_mixer(inner, memo)
     except RuntimeError as error:
         raise BadInput(f"its weights cannot be copied: {error}") from error
+    for name, hooks in zip(HOOKS, _hooks(place.module), strict=True):
+        setattr(put.module, name, hooks)
+    put.module.training = place.module.training  # what is inside has its modes already
+    return put
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    return [getattr(module, name) for name in HOOKS]
 
 
 def _try(inner: Core | Mixer, place: Place, dtype: torch.dtype, device: torch.device) -> None:
@@ -336,8 +375,9 @@ def _try(inner: Core | Mixer, place: Place, dtype: torch.dtype, device: torch.de
         x_BNC = torch.zeros(1, tokens, site.dim, **make)
         if isinstance(inner, Core):
             q = torch.zeros(1, site.heads, tokens, site.head_dim, **make)
-            k = torch.zeros(1, site.kv_heads, tokens, site.head_dim, **make)
-            inner(q, k, k, tokens=x_BNC, cross=cross)
+            k = torch.zeros(1, site.kv_heads, tokens + place.appended, site.head_dim, **make)
+            v = k if place.value_dim is None else k.new_zeros(*k.shape[:3], place.value_dim)
+            inner(q, k, v, tokens=x_BNC, cross=cross)
         else:
             inner(x_BNC, x_BNC if cross else None)
 
@@ -354,11 +394,17 @@ def _row(place: Place, built: _Built, put: Put) -> Row:
     outside = [name for name, each in new.items() if old.get(name) is each]
     if outside:
         notes.append(f"{', '.join(outside)} is shared with modules that stay, and so with the old one")
-    if any(getattr(place.module, kind) for kind in HOOKS):
-        notes.append("hooks on it were copied")
+    if any(_hooks(place.module)):
+        notes.append("hooks on it were kept")
+    carried = sum(each.numel() for name, each in new.items() if name not in fresh)
+    if old and not carried:
+        notes.append("none of its weights have a meaning here")
+    made_causal = place.causal_open and mechanism.site.causal
+    if made_causal:
+        notes.append("now causal whatever the call says")
     if fresh:
         verdict = Verdict.NEW
-    elif isinstance(built.inner, Core) and built.plain and place.exact(built.inner.mechanism):
+    elif not made_causal and isinstance(built.inner, Core) and built.plain and place.exact(built.inner.mechanism):
         verdict = Verdict.EXACT
     else:
         verdict = Verdict.APPROXIMATE
@@ -366,7 +412,7 @@ def _row(place: Place, built: _Built, put: Put) -> Row:
         name=place.name,
         kind=_kind(place),
         verdict=verdict,
-        carried=sum(each.numel() for name, each in new.items() if name not in fresh),
+        carried=carried,
         new=fresh,
         dropped={name: each.numel() for name, each in old.items() if name not in kept},
         notes=tuple(notes),
@@ -397,7 +443,8 @@ def _install(
         for undo in reversed(leave):
             undo()
         for place, new in news:
-            place.module.train(new.training)
+            if place.module.training != new.training:
+                place.module.train(new.training)
             _assign(model, aliases[place.name], place.module)
 
     def undo() -> None:

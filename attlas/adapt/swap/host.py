@@ -41,6 +41,20 @@ from attlas.ops.softmax import repeat_heads
 AROUND = ("qk_norm", "qk_activation", "output_norm", "gate")
 """Settings of `attlas.Attention` that hold for a `Core` too; projections and positions are the host's."""
 
+ANYWHERE = frozenset({"softmax"})
+"""Mechanisms that do not ask where tokens lie, and so take any number of them."""
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where a module keeps what others hung on it. Old and new module share these, so that a handle holds for both."""
+
 MARK = "swapped_mechanism"
 """The attribute with the mechanism's name that `swap` gives to every module it puts into a model."""
 
@@ -56,6 +70,7 @@ class Core(nn.Module):
     Args:
         mechanism: the attend.
         rescale: a factor on the queries: a host's scale of the scores, where the mechanism has no setting for it.
+        value_dim: features of a value, where they are not as many as those of a key.
         qk_norm, qk_activation, output_norm, gate: as in `attlas.Attention`.
     """
 
@@ -64,6 +79,7 @@ class Core(nn.Module):
         mechanism: Attend,
         *,
         rescale: float = 1.0,
+        value_dim: int | None = None,
         qk_norm: str | None = None,
         qk_activation: str | None = None,
         output_norm: str | None = None,
@@ -71,7 +87,7 @@ class Core(nn.Module):
     ) -> None:
         super().__init__()
         site = mechanism.site
-        width = site.heads * site.head_dim
+        width = site.heads * (value_dim or site.head_dim)
         if qk_activation not in ACTIVATIONS or gate not in (None, "linear", "sigmoid", "silu"):
             raise BadInput(
                 f"qk_activation is one of {', '.join(map(repr, ACTIVATIONS))} and gate None, 'linear', 'sigmoid' or "
@@ -113,7 +129,7 @@ class Core(nn.Module):
         if not self.mechanism.spec.grouped:
             k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
         if grid is None:
-            anywhere = self.mechanism.spec.name == "softmax"  # which does not ask where tokens lie
+            anywhere = self.mechanism.spec.name in ANYWHERE
             grid = Grid((q.shape[2],)) if anywhere else grid_of_call(self.mechanism.site.grid, q.shape[2])
         o_BHNE = self.mechanism(q, k, v, mask=mask, grid=grid, cross=cross, tokens=tokens)
         o = self.output_norm(o_BHNE.transpose(1, 2).flatten(2)).to(v.dtype)
@@ -149,6 +165,8 @@ class Place(ABC):
         dropout: share of the attention weights that is dropped in training.
         obstacle: why nothing can be swapped here; the module is then left, with this reason.
         causal_open: the module does not say whether its calls are causal, so that `swap(causal=True)` may.
+        appended: how many keys the module puts behind those of the call.
+        value_dim: features of a value, where they are not as many as those of a key.
     """
 
     name: str
@@ -160,6 +178,12 @@ class Place(ABC):
     dropout: float = 0.0
     obstacle: str | None = None
     causal_open: bool = False
+    appended: int = 0
+    value_dim: int | None = None
+
+    def refuses(self, cls: type[Mechanism]) -> str | None:
+        """Why this mechanism cannot go here although its declaration fits."""
+        return None
 
     def site_for(self, cls: type[Mechanism]) -> Site:
         """The site as this mechanism meets it; most places have one for all."""
@@ -172,6 +196,10 @@ class Place(ABC):
     def settings_for(self, cls: type[Mechanism]) -> dict[str, Any]:
         """Settings that this place suggests to the mechanism; the user's own win."""
         return {}
+
+    def teacher(self, new: nn.Module) -> nn.Module:
+        """What answers the calls of the new module as the old one would; asked before the model changes."""
+        return self.module
 
     @abstractmethod
     def put(self, core: Core, memo: dict[int, Any]) -> Put:

@@ -28,8 +28,8 @@ class Verdict(StrEnum):
 
 
 MEANING = {
-    Verdict.EXACT: "the same function, nothing to train",
-    Verdict.APPROXIMATE: "all weights carried into another function: finetune or distil",
+    Verdict.EXACT: "the same function in evaluation, nothing to train",
+    Verdict.APPROXIMATE: "another function of the weights that were carried: finetune or distil",
     Verdict.NEW: "has parameters that did not exist: train them",
     Verdict.LEFT: "as it was",
 }
@@ -68,6 +68,8 @@ class Report:
         self.mechanism, self.rows, self.dry_run = mechanism, rows, dry_run
         self.old: dict[str, nn.Module] = {}
         """The modules that were there, by name; a teacher for distillation. Empty after a dry run or undo."""
+        self.teachers: dict[str, nn.Module] = {}
+        """The same, each in a form that answers the calls of the module that stands there now."""
         self._undo: Callable[[], None] | None = None
 
     def of(self, verdict: Verdict | str) -> list[Row]:
@@ -88,7 +90,7 @@ class Report:
         if self._undo is None:
             raise BadInput("nothing to undo: this was a dry run" if self.dry_run else "nothing to undo: it was undone")
         self._undo()
-        self._undo, self.old = None, {}
+        self._undo, self.old, self.teachers = None, {}, {}
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -12,6 +12,7 @@ bias, which belongs to the window, is dropped, except by `swin` itself, which ha
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attlas.adapt.swap.host import MARK, Core, Host, Place, Put, carry_projections, number, take_over
+from attlas.adapt.swap.host import ANYWHERE, MARK, Core, Host, Place, Put, carry_projections, number, take_over
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mask import Mask
@@ -31,8 +32,19 @@ from attlas.core.spec import Pattern, Takes
 
 BIAS = frozenset({Takes.BIAS})
 
+BIASES = ("relative_position_bias_table", "rel_pos")
+"""Where modules of timm keep a learned position bias; None where it is shared by all."""
 
-class _Swapped(nn.Module):
+
+class _Sized(nn.Module):
+    """What stands in a model that may be told another input size."""
+
+    def set_window_size(self, window_size: Any) -> None:
+        """Only the old module can."""
+        raise BadInput("a model of timm changes its input size before attention is swapped: undo the swap first")
+
+
+class _Swapped(_Sized):
     """Everything of a timm attention (see `take_over`), and a core."""
 
     core: Core
@@ -70,7 +82,9 @@ def _mask(attn_mask: Tensor | None, is_causal: bool) -> Mask:
         return Mask.causal_()
     if attn_mask is None:
         return Mask()
-    return Mask.pairs_(attn_mask) if attn_mask.dtype == torch.bool else Mask.biased(attn_mask)
+    if attn_mask.dtype == torch.bool:  # three axes are heads and pairs, as they broadcast
+        return Mask.pairs_(attn_mask[(None,) * (4 - attn_mask.ndim)])
+    return Mask.biased(attn_mask)
 
 
 class Global(_Swapped):
@@ -195,10 +209,6 @@ class WholeGrid(_Swapped):
         q, k, v = self._qkv(x)
         return self._out(self.core(q, k, v, tokens=x), x)
 
-    def set_window_size(self, window_size: Any) -> None:
-        """Only the old module can."""
-        raise BadInput("a block of Swin changes its input size before attention is swapped: undo the swap first")
-
 
 class WholeGridV2(WholeGrid):
     """The same with the cosines of version 2."""
@@ -231,10 +241,22 @@ class Reduced(_Swapped):
         return x.transpose(1, 2).unflatten(-1, tuple(size))
 
 
-class Mixed(nn.Module):
-    """A mechanism with projections of its own where attention stood."""
+class InWindows(nn.Module):
+    """The old attention of a Swin block, answering calls over the whole grid: it cuts the block's windows itself."""
 
-    set_window_size = WholeGrid.set_window_size
+    def __init__(self, block: nn.Module, attn: nn.Module) -> None:
+        super().__init__()
+        self.block = copy.copy(block)
+        self.block.__dict__ |= {"_modules": {"attn": attn}, "_parameters": {}, "_buffers": dict(block._buffers)}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As `WholeGrid`."""
+        block: Any = self.block
+        return block._attn(x.unflatten(1, tuple(block.input_resolution))).flatten(1, 2)
+
+
+class Mixed(_Sized):
+    """A mechanism with projections of its own where attention stood."""
 
     def __init__(self, mixer: Mixer) -> None:
         super().__init__()
@@ -252,6 +274,17 @@ class TimmPlace(Place):
     """A module whose swapped form is `new`."""
 
     new: type[_Swapped] = Global
+    drops: bool = False
+    """Whether patches are dropped in training."""
+
+    def refuses(self, cls: type[Mechanism]) -> str | None:
+        """What asks where tokens lie, while some are dropped."""
+        if not self.drops or cls.spec.name in ANYWHERE:
+            return None
+        return (
+            "patches are dropped in training (patch_drop_rate), and where those lie that are left is unknown: build "
+            "the model without, or set patch_drop.prob = 0"
+        )
 
     def put(self, core: Core, memo: dict[int, Any]) -> Put:
         """Everything, and the core."""
@@ -289,14 +322,25 @@ class BiasedPlace(TimmPlace):
         new.biased = Takes.BIAS in core.mechanism.spec.masks
         if new.biased:
             return Put(new)
-        for name in ("relative_position_bias_table", "rel_pos"):
+        for name in BIASES:
             if hasattr(new, name):
                 setattr(new, name, None)
-        return Put(new, notes=("the position bias is not used: this mechanism takes none",))
+        return Put(new, notes=self._without_bias())
+
+    def put_mixer(self, mixer: Mixer, memo: dict[int, Any]) -> Put:
+        """Without the bias."""
+        put = super().put_mixer(mixer, memo)
+        return replace(put, notes=put.notes + self._without_bias())
+
+    def _without_bias(self) -> tuple[str, ...]:
+        """The remark, where there is a bias: of the module, or shared by all and brought by calls."""
+        has = any(hasattr(self.module, name) for name in BIASES)
+        return ("the position bias is not used: this mechanism takes none",) if has else ()
 
     def exact(self, mechanism: Attend) -> bool:
-        """Only with the bias."""
-        return Takes.BIAS in mechanism.spec.masks and super().exact(mechanism)
+        """Only with the bias, where there is one."""
+        takes = Takes.BIAS in mechanism.spec.masks or not self._without_bias()
+        return takes and super().exact(mechanism)
 
 
 @dataclass(kw_only=True)
@@ -327,6 +371,10 @@ class SwinPlace(TimmPlace):
     @staticmethod
     def _in_windows(cls: type[Mechanism]) -> bool:
         return Takes.BIAS in cls.spec.masks and issubclass(cls, Attend)
+
+    def teacher(self, new: nn.Module) -> nn.Module:
+        """Over the whole grid something that cuts the windows."""
+        return self.module if isinstance(new, Windows) else InWindows(self.block, self.module)
 
     def put(self, core: Core, memo: dict[int, Any]) -> Put:
         """In windows as it is; over the whole grid without the bias, or with the table as `swin` keeps it."""
@@ -435,7 +483,7 @@ def _reduced(name: str, module: Any, grid: Grid | None) -> ReducedPlace:
     )
 
 
-KNOWN: dict[str, Callable[[str, Any, Grid | None], Place]] = {
+KNOWN: dict[str, Callable[[str, Any, Grid | None], TimmPlace]] = {
     "timm.layers.attention.Attention": _plain,
     "timm.models.vision_transformer.Attention": _plain,
     "timm.layers.attention.AttentionRope": _rotated,
@@ -498,7 +546,10 @@ class TimmHost(Host):
             kind = _full_name(module)
             if kind in KNOWN or kind in SWIN:
                 try:
-                    place = _swin(modules, name) if kind in SWIN else KNOWN[kind](name, module, _grid(modules, name))
+                    place: TimmPlace = (
+                        _swin(modules, name) if kind in SWIN else KNOWN[kind](name, module, _grid(modules, name))
+                    )
+                    place.drops = _drops(modules, name)
                 except AttributeError as error:
                     place = TimmPlace(name=name, module=module, site=Site(1), obstacle=f"it was changed: {error}")
                 found.append(place)
@@ -515,7 +566,13 @@ class TimmHost(Host):
         return innermost
 
     def enter(self, model: nn.Module, places: Sequence[Place]) -> Callable[[], None]:
-        """One window as large as the grid for the blocks of Swin whose mechanism wants the grid."""
+        """One window as large as the grid for the blocks of Swin whose mechanism wants the grid.
+
+        And images with the proportions of the trained grid where a mechanism asks where patches lie.
+        """
+        handles = []
+        for above, grid in _embedded(model, places):
+            handles.append(above.patch_embed.register_forward_pre_hook(Proportions(grid.shape)))
         blocks = []
         for place in places:
             if isinstance(place, SwinPlace) and not isinstance(place.block.attn, Windows):
@@ -525,6 +582,8 @@ class TimmHost(Host):
                 block.window_area, block.attn_mask = place.grid.tokens, None
 
         def leave() -> None:
+            for handle in handles:
+                handle.remove()
             for block, window, shift, area, mask in blocks:
                 block.window_size, block.shift_size, block.window_area = window, shift, area
                 block.attn_mask = mask if mask is None else mask.to(next(block.parameters()))
@@ -532,23 +591,60 @@ class TimmHost(Host):
         return leave
 
 
-def _grid(modules: dict[str, nn.Module], name: str) -> Grid | None:
-    """The grid of the windows around, or of a transformer whose `blocks` hold this module, by its patch embedding."""
+class Proportions:
+    """A hook before the patch embedding: a count of tokens says where they lie only if the grid keeps its shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __call__(self, embed: Any, args: tuple[Any, ...]) -> None:
+        """Refuse images of another shape."""
+        height, width = embed.dynamic_feat_size(args[0].shape[-2:])
+        if height * self.shape[1] != width * self.shape[0]:
+            raise BadInput(
+                f"attention was swapped for a grid of {self.shape[0]}x{self.shape[1]} patches, and this image has "
+                f"{height}x{width}: only grids of the same proportions are known; swap in a model built for such images"
+            )
+
+
+def _embedded(model: nn.Module, places: Sequence[Place]) -> list[tuple[Any, Grid]]:
+    """The transformers around these places whose patch embedding says where patches lie, each once."""
+    modules = dict(model.named_modules())
+    found: dict[int, tuple[Any, Grid]] = {}
+    for place in places:
+        new: Any = modules[place.name]
+        anywhere = isinstance(new, _Swapped) and new.core.mechanism.spec.name in ANYWHERE
+        above = _above(modules, place.name)
+        if not anywhere and above is not None and hasattr(above.patch_embed, "dynamic_feat_size"):
+            found[id(above)] = above, Grid(tuple(above.patch_embed.grid_size))
+    return list(found.values())
+
+
+def _above(modules: dict[str, nn.Module], name: str) -> Any:
+    """The transformer whose `blocks` hold this module, and whose patch embedding and prefix say how tokens lie."""
     parts = name.split(".")
-    windows = getattr(modules.get(".".join(parts[:-1])), "partition_size", None)
-    if windows is not None:
-        return Grid(tuple(windows))
     for end in range(len(parts) - 1, -1, -1):
         above: Any = modules[".".join(parts[:end])]
-        if end < len(parts) and parts[end] == "blocks":
-            shape = getattr(getattr(above, "patch_embed", None), "grid_size", None)
-            prefix = getattr(above, "num_prefix_tokens", None)
-            if shape is not None and prefix is not None:
-                return Grid(tuple(shape), prefix)
+        shape = getattr(getattr(above, "patch_embed", None), "grid_size", None)
+        if parts[end] == "blocks" and shape is not None and getattr(above, "num_prefix_tokens", None) is not None:
+            return above
     return None
 
 
-def _swin(modules: dict[str, nn.Module], name: str) -> Place:
+def _grid(modules: dict[str, nn.Module], name: str) -> Grid | None:
+    """The grid of the windows around, or of the transformer around."""
+    windows = getattr(modules.get(name.rpartition(".")[0]), "partition_size", None)
+    if windows is not None:
+        return Grid(tuple(windows))
+    above = _above(modules, name)
+    return None if above is None else Grid(tuple(above.patch_embed.grid_size), above.num_prefix_tokens)
+
+
+def _drops(modules: dict[str, nn.Module], name: str) -> bool:
+    return getattr(getattr(_above(modules, name), "patch_drop", None), "prob", 0) > 0
+
+
+def _swin(modules: dict[str, nn.Module], name: str) -> TimmPlace:
     module: Any = modules[name]
     block: Any = modules[name.rpartition(".")[0]]
     if not hasattr(block, "input_resolution") or block.attn is not module:

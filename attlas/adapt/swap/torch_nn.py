@@ -13,7 +13,7 @@ from attlas.adapt.swap.host import MARK, Core, Host, Place, Put, carry_projectio
 from attlas.core.errors import BadInput
 from attlas.core.mask import Mask
 from attlas.core.mechanism import Mixer, Site
-from attlas.core.spec import Pattern
+from attlas.core.spec import Pattern, Takes
 
 NESTED = "nested_before_swap"
 """An encoder's `use_nested_tensor` before the first of the swaps in it, and how many there are."""
@@ -31,6 +31,10 @@ class Swapped(MultiheadAttention):
         o_BNE = self.core(q, k, v, mask=mask, cross=cross, tokens=tokens)
         return o_BNE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+    @property
+    def _takes(self) -> frozenset[Takes]:
+        return self.core.mechanism.spec.masks
+
 
 class Mixed(nn.Module):
     """A mechanism with projections of its own where self-attention stood."""
@@ -46,6 +50,12 @@ class Mixed(nn.Module):
         self.causal = mixer.site.causal
 
     _mask = MultiheadAttention._mask
+    _finite_bias = MultiheadAttention._finite_bias
+    _is_triangle = MultiheadAttention._is_triangle
+
+    @property
+    def _takes(self) -> frozenset[Takes]:
+        return self.mixer.spec.masks
 
     def forward(
         self,
@@ -77,7 +87,7 @@ class TorchPlace(Place):
         new._qkv_same_embed_dim = False  # keeps torch off its fast path, which would compute softmax
         new.causal, new.mechanism = core.mechanism.site.causal, core.mechanism.spec.name
         new.dropout = 0.0  # it is one of weights, and the mechanism's if it has one
-        return Put(new)
+        return Put(new, notes=("it appends keys, so it is causal by masks only",) if self.appended else ())
 
     def put_mixer(self, mixer: Mixer, memo: dict[int, Any]) -> Put:
         """For self-attention."""
@@ -110,6 +120,7 @@ class TorchHost(Host):
             cross = isinstance(above, nn.TransformerDecoderLayer) and last == "multihead_attn"
             subclass = type(module) is not nn.MultiheadAttention
             heads, size = module.num_heads, module.head_dim
+            appended = (module.bias_k is not None) + module.add_zero_attn
             found.append(
                 TorchPlace(
                     name=name,
@@ -117,7 +128,8 @@ class TorchHost(Host):
                     site=Site(module.embed_dim, heads, heads, size),
                     pattern=Pattern.NONCAUSAL_CROSS if cross else Pattern.NONCAUSAL_SELF,
                     dropout=module.dropout,
-                    causal_open=not cross,
+                    causal_open=not cross and not appended,  # causality counts from the last key
+                    appended=appended,
                     obstacle=f"{type(module).__qualname__} is a subclass whose forward swap does not know"
                     if subclass
                     else None,

@@ -34,7 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attlas.adapt.swap.host import MARK, Core, Host, Place, Put, dtype_and_device, grid_of_call, take_over
+from attlas.adapt.swap.host import (
+    MARK,
+    Core,
+    Host,
+    Place,
+    Put,
+    carry_projections,
+    dtype_and_device,
+    grid_of_call,
+    take_over,
+)
 from attlas.core.errors import AttlasError, BadInput, Unsupported
 from attlas.core.grid import Grid
 from attlas.core.mask import Mask
@@ -105,19 +115,21 @@ class Seat:
             causal, "eager" hides nothing.
         cross: keys and values come from another sequence.
         scale: the scale of the scores that the core has.
+        dropout: of the weights, as the core was built for.
     """
 
     causal: bool
     cross: bool
     scale: float
+    dropout: float
 
     def __reduce__(self) -> Any:
-        return _seat, (self.causal, self.cross, self.scale)
+        return _seat, (self.causal, self.cross, self.scale, self.dropout)
 
 
-def _seat(causal: bool, cross: bool, scale: float) -> Seat:
+def _seat(causal: bool, cross: bool, scale: float, dropout: float) -> Seat:
     register()
-    return Seat(causal, cross, scale)
+    return Seat(causal, cross, scale, dropout)
 
 
 def _mask(
@@ -179,13 +191,22 @@ def _attention(
     """The attention function of transformers: (B, H, N, D), (B, G, M, D), (B, G, M, E) -> (B, N, H, E), no weights."""
     if "attlas_seat" not in module.__dict__:
         if below == "eager":  # which every modelling file has for itself
-            function = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+            function = _eager(module)
         else:
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
             function = ALL_ATTENTION_FUNCTIONS[below]
         return function(module, query, key, value, attention_mask, **kwargs)
     return _attend(module, query, key, value, attention_mask, **kwargs), None
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention that `forward` names; a file may have several."""
+    names = [name for name in _code(module).co_names if name.endswith(EAGER)]
+    return inspect.unwrap(type(module).forward).__globals__[names[0] if names else EAGER]
+
+
+EAGER = "eager_attention_forward"
 
 
 def _attend(
@@ -198,19 +219,22 @@ def _attend(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
     seat, core = module.attlas_seat, module.core
-    tokens, module.attlas_tokens = module.attlas_tokens, None
     for name, why in FOREIGN.items():
         if kwargs.get(name) is not None:
             raise Unsupported(f"{type(module).__name__} passes {name}: {why}; undo the swap of this module")
     if kwargs.get("cache") is not None:
         raise Unsupported("a paged cache is not served; generate without continuous batching")
-    if output_attentions and not torch.compiler.is_compiling():
+    if output_attentions:
+        _no_weights()
+    built = (seat.dropout, getattr(core.mechanism, "weight_dropout", None))
+    if module.training and dropout not in built and not torch.compiler.is_compiling():
         warnings.warn(
-            "a swapped module returns no attention weights; undo the swap for those of the model as it was, or see "
-            "attlas.analysis for what other mechanisms look at",
+            f"{type(module).__name__} drops a share of {dropout:g} of its weights, and {core.mechanism.spec.name} was "
+            f"built for {seat.dropout:g}: set weight_dropout= in the swap where the mechanism has it",
             stacklevel=2,
         )
     causal = getattr(module, "is_causal", seat.causal) if is_causal is None else is_causal
@@ -222,7 +246,7 @@ def _attend(
     if mask is None and causal and 1 < queries < keys:  # a static cache that begins with these tokens
         key, value = key[:, :, :queries], value[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
-    reading = _reading(mask, causal, cross, query.shape[0], queries)
+    reading = _reading(mask, causal, cross, query.shape[0], queries, key.shape[2])
     if reading.filled is not None:
         key, value = (_to_end(x, reading.filled, 2) for x in (key, value))
         position_bias = None if position_bias is None else _to_end(position_bias, reading.filled, 3)
@@ -233,8 +257,17 @@ def _attend(
         query = query * (scaling / seat.scale)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions leave float32
     grid = grid_of_call(core.mechanism.site.grid, queries)
-    o_BNC = core(query, key, value, tokens=tokens, mask=seen, grid=grid, cross=cross)
+    o_BNC = core(query, key, value, tokens=module.attlas_tokens, mask=seen, grid=grid, cross=cross)
     return o_BNC.unflatten(-1, (query.shape[1], -1))
+
+
+def _no_weights() -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "a swapped module returns no attention weights, so that the tuple of them has no entry for it; undo the "
+            "swap for those of the model as it was, or see attlas.analysis for what other mechanisms look at",
+            stacklevel=3,
+        )
 
 
 def _served(mechanism: Mechanism, reading: Reading, queries: int) -> Mask:
@@ -252,13 +285,27 @@ def _served(mechanism: Mechanism, reading: Reading, queries: int) -> Mask:
         return mask.with_(causal=False)
     if mechanism.site.causal and not mask.causal:
         raise Unsupported(f"this mask lets tokens see later ones, and {spec.name} was built causal for this place")
+    if mask.causal and not mechanism.site.causal and Takes.PAIRS not in spec.masks:
+        raise Unsupported(FUTURE.format(spec.name))
     return mask
 
 
-def _reading(mask: Tensor | None, causal: bool, cross: bool, batch: int, queries: int) -> Reading:
+FUTURE = (
+    "this call hides the future, and {} was built for this place to look both ways: swap it in with causal=True where "
+    "the model's own calls are causal, or take one that honours any pairs"
+)
+
+
+def _reading(mask: Tensor | None, causal: bool, cross: bool, batch: int, queries: int, keys: int) -> Reading:
     """What the mask says to these queries; where it leaves causality open, `causal` decides."""
     if mask is None:
         return Reading(Mask(causal=causal), True)
+    if not isinstance(mask, Tensor):
+        raise Unsupported(
+            f"a mask of class {type(mask).__name__} cannot be read: call model.set_attn_implementation('sdpa')"
+        )
+    if mask.shape[-1] != keys:
+        raise BadInput(f"a mask for {keys} keys has so many columns, got {tuple(mask.shape)}")
     if mask.ndim == 2:
         return Reading(Mask(causal=causal, keys=mask.bool()), True)
     if mask.ndim != 4:
@@ -321,7 +368,8 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 HEAD_SIZE = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTH = ("embed_dim", "hidden_size", "d_model")
-DROPOUT = ("attention_dropout", "attn_dropout", "dropout")
+DROPOUT = ("attention_dropout", "attn_dropout", "dropout", "dropout_prob", "dropout_p", "attn_drop")
+VALUE_SIZE = ("v_head_dim",)
 """What modules and configs call these; the module is asked first."""
 
 
@@ -334,6 +382,16 @@ class TransformersPlace(Place):
     """
 
     configs: tuple[Any, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether calls may come with a cache."""
+        return self.site.causal and not self.causal_open
+
+    @property
+    def packed(self) -> bool:
+        """Whether all sequences of a batch come in one row of tokens, and to the attention function one by one."""
+        return "cu_seqlens" in inspect.signature(type(self.module).forward).parameters
 
     def site_for(self, cls: type[Mechanism]) -> Site:
         """The site as this mechanism meets it.
@@ -349,20 +407,21 @@ class TransformersPlace(Place):
         """The module's own class, that finds the core in itself."""
         register()
         assert self.scale is not None
-        if self.site.causal:
-            _try_decoding(core, self.site, *dtype_and_device(self.module))
+        if self.generates:
+            self._try(core, 1, DECODED, "read a cache of keys and values")
+        if self.packed:
+            self._try(core, PACKED, PACKED, "do without the tokens, which come packed here", packed=True)
         config: Any = self.module.config
         if id(config) not in memo:
             memo[id(config)] = copy.copy(config)
             memo[id(config)]._attn_implementation_internal = NAME + _below(config)
         module: Any = take_over(type(self.module), self.module, memo, core=core)
-        module.attlas_seat = Seat(_below(config) == "sdpa", self.pattern.endswith("cross"), self.scale)
+        module.attlas_seat = Seat(_below(config) == "sdpa", self.pattern.endswith("cross"), self.scale, self.dropout)
         module.attlas_tokens = None
         module.attlas_configs = self.configs
-        module.register_forward_pre_hook(_remember, with_kwargs=True)
         notes = []
         spec = core.mechanism.spec
-        if spec.streams and not isinstance(core.mechanism, CachedAttend) and self.site.causal:
+        if spec.streams and not isinstance(core.mechanism, CachedAttend) and self.generates:
             notes.append("in generation it reads all cached keys and values at every step, not a state of fixed size")
         window = _window(self.module)
         if window and Takes.PAIRS not in spec.masks:
@@ -378,10 +437,61 @@ class TransformersPlace(Place):
             raise BadInput(
                 "a mechanism with projections of its own needs all tokens, and this layer's cache drops some"
             )
+        if self.packed:
+            raise BadInput("a mechanism with projections of its own would mix the sequences, which come packed here")
         register()
         module = TokenMixing(mixer, tuple(names), getattr(self.module, "layer_idx", None), self.configs)
         note = "in generation the cache holds tokens, and all are mixed anew at every step"
-        return Put(module, notes=(note,) if self.site.causal else ())
+        converted = carry_projections(mixer, self._projections())
+        return Put(module, converted, (note,) if self.generates else ())
+
+    def _projections(self) -> dict[str, tuple[str, Tensor]]:
+        """The plain projections by our names, with their own."""
+        found: dict[str, tuple[str, Tensor]] = {}
+        for ours, names in PROJECTIONS.items():
+            for name in names:
+                linear = getattr(self.module, name, None)
+                if type(linear) is nn.Linear:
+                    found |= {f"{ours}.{kind}": (f"{name}.{kind}", each) for kind, each in linear.named_parameters()}
+        return found
+
+    def _try(self, core: Core, queries: int, keys: int, what: str, packed: bool = False) -> None:
+        """A call as only some come here.
+
+        Raises:
+            Unsupported: the mechanism cannot.
+        """
+        site, (dtype, device) = self.site, dtype_and_device(self.module)
+        q, k, v, tokens = (
+            torch.zeros(1, *shape, dtype=dtype, device=device)
+            for shape in (
+                (site.heads, queries, site.head_dim),
+                (site.kv_heads, keys, site.head_dim),
+                (site.kv_heads, keys, self.value_dim or site.head_dim),
+                (queries, site.dim),
+            )
+        )
+        given: Any = None if packed else tokens
+        training = core.training
+        try:
+            with torch.no_grad():
+                core.eval()(q, k, v, tokens=given)
+        except (AttlasError, TypeError, AttributeError) as error:
+            raise Unsupported(f"{core.mechanism.spec.name} cannot {what}: {error}") from error
+        finally:
+            core.train(training)
+
+
+DECODED, PACKED = 5, 16
+"""Keys of such calls."""
+
+PROJECTIONS = {
+    "q_proj": ("q_proj", "query", "q_lin"),
+    "k_proj": ("k_proj", "key", "k_lin"),
+    "v_proj": ("v_proj", "value", "v_lin"),
+    "out_proj": ("o_proj", "out_proj", "out_lin"),
+}
+"""What modules call their projections."""
 
 
 class TokenMixing(nn.Module):
@@ -411,16 +521,21 @@ class TokenMixing(nn.Module):
             cache = getattr(cache, "self_attention_cache", cache)
             row = x_BNC.unsqueeze(1)
             tokens_BMC = cache.update(row, row[..., :1], self.layer_idx)[0].squeeze(1)
-        mask = _of_tokens(self.mixer, given.get("attention_mask", given.get("mask")), x_BNC, tokens_BMC)
+        if given.get("output_attentions"):
+            _no_weights()
+        mask = given.get("attention_mask", given.get("mask"))
+        mask = _of_tokens(self.mixer, mask, given.get("is_causal"), x_BNC, tokens_BMC)
         return self.mixer(tokens_BMC, mask=mask)[:, tokens_BMC.shape[1] - x_BNC.shape[1] :], None
 
 
-def _of_tokens(mixer: Mixer, mask: Tensor | None, x_BNC: Tensor, tokens_BMC: Tensor) -> Mask:
-    """The mask of all tokens, from that of the last ones."""
+def _of_tokens(mixer: Mixer, mask: Tensor | None, told: bool | None, x_BNC: Tensor, tokens_BMC: Tensor) -> Mask:
+    """The mask of all tokens, from that of the last ones and from what the call says of causality."""
     causal, queries, keys = mixer.site.causal, x_BNC.shape[1], tokens_BMC.shape[1]
-    reading = _reading(mask, causal, False, x_BNC.shape[0], queries)
+    reading = _reading(mask, causal if told is None else told, False, x_BNC.shape[0], queries, keys)
     if reading.filled is not None or (mask is None and 1 < queries < keys):
         raise Unsupported(STATIC)
+    if reading.plain and reading.mask.causal and not causal and queries > 1:
+        raise Unsupported(FUTURE.format(mixer.spec.name))
     if not reading.plain or (reading.mask.causal != causal and queries > 1):
         raise Unsupported(
             f"this mask hides more or less than padding and the future, which {mixer.spec.name} does not serve here"
@@ -432,30 +547,15 @@ STATIC = "a mechanism with projections of its own needs a cache that grows: leav
 
 
 def _remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep the tokens for the attention function, which is not given them."""
-    module.attlas_tokens = args[0] if args else kwargs.get("hidden_states")
+    """Keep the tokens for the attention function, which is not given them; the old module shares its hooks."""
+    if "attlas_seat" in module.__dict__:
+        module.attlas_tokens = args[0] if args else kwargs.get("hidden_states")
 
 
-def _try_decoding(core: Core, site: Site, dtype: torch.dtype, device: torch.device) -> None:
-    """One query for several keys, as in generation through a cache.
-
-    Raises:
-        Unsupported: the mechanism cannot.
-    """
-    shapes = ((1, site.heads, 1, site.head_dim), (1, site.kv_heads, DECODED, site.head_dim), (1, 1, site.dim))
-    q, k, tokens = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-    training = core.training
-    try:
-        with torch.no_grad():
-            core.eval()(q, k, k, tokens=tokens)
-    except AttlasError as error:
-        raise Unsupported(f"{core.mechanism.spec.name} cannot read a cache of keys and values: {error}") from error
-    finally:
-        core.train(training)
-
-
-DECODED = 5
-"""Keys of the trial call."""
+def _forget(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """No tokens stay behind, whatever happened."""
+    if "attlas_seat" in module.__dict__:
+        module.attlas_tokens = None
 
 
 def _below(config: Any) -> str:
@@ -476,10 +576,12 @@ class TransformersHost(Host):
         for name, module in modules.items():
             if hasattr(module, MARK) or not _asks(module):
                 continue
-            above = name
+            above, told = name.rpartition(".")[0], False
             while above and not isinstance(modules[above], PreTrainedModel):
+                told = told or "is_causal" in _keywords(modules[above])
                 above = above.rpartition(".")[0]
-            yield _place(name, module, modules[above])
+            told = told or "is_causal" in _keywords(modules[above])
+            yield _place(name, module, modules[above], told)
 
     def enter(self, model: nn.Module, places: Sequence[Place]) -> Callable[[], None]:
         """The configs of the models around name our functions, as long as a swapped module is there."""
@@ -489,8 +591,16 @@ class TransformersHost(Host):
         configs = {key: config for key, config in configs.items() if _below(config) in BELOW}
         for config in configs.values():
             config._attn_implementation_internal = NAME + _below(config)
+        hooks = []
+        for place in mine:
+            module = model.get_submodule(place.name)
+            if not isinstance(module, TokenMixing) and not place.packed:
+                hooks.append(module.register_forward_pre_hook(_remember, with_kwargs=True))
+                hooks.append(module.register_forward_hook(_forget, always_call=True))
 
         def leave() -> None:
+            for hook in hooks:
+                hook.remove()
             others = {module for module in model.modules() if hasattr(module, MARK)} - swapped
             needed = {id(config) for module in others for config in getattr(module, "attlas_configs", ())}
             for config in configs.values():
@@ -500,7 +610,8 @@ class TransformersHost(Host):
         return leave
 
 
-def _place(name: str, module: Any, model: Any) -> TransformersPlace:
+def _place(name: str, module: Any, model: Any, told: bool) -> TransformersPlace:
+    """What we know of a module: `told` that its model passes on whether calls are causal."""
     config = module.config
     cross = bool(getattr(module, "is_cross_attention", False)) or any(
         re.search("cross|encdec|encoder_attn", text.lower())
@@ -535,6 +646,8 @@ def _place(name: str, module: Any, model: Any) -> TransformersPlace:
         scale=_number(("scaling", "scale"), module) or (float(size) ** -0.5 if size else None),
         dropout=float(_number(DROPOUT, module) or 0.0),
         obstacle=_obstacle(module, site),
+        causal_open=told and not causal and not cross,
+        value_dim=_number(VALUE_SIZE, module),
         configs=(config, model.config) if hasattr(model, "config") else (config,),
     )
 
@@ -592,7 +705,8 @@ def _asks(module: nn.Module) -> bool:
 
 def _keywords(module: nn.Module) -> set[str]:
     """The keywords that `forward` passes on."""
-    return {name for group in _code(module).co_consts if isinstance(group, tuple) for name in group}
+    constants = getattr(_code(module), "co_consts", ())
+    return {name for group in constants if isinstance(group, tuple) for name in group}
 
 
 def _number(names: Sequence[str], *owners: Any) -> Any:

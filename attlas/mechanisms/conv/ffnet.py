@@ -30,7 +30,7 @@ from attlas.core.grid import Grid
 from attlas.core.mechanism import Call, Cost, Mixer, Site, Sizes
 from attlas.core.registry import register
 from attlas.core.spec import Example, Pattern, Spec
-from attlas.ops.batch_norm import TokenBatchNorm
+from attlas.ops.batch_norm import TokenBatchNorm, scale_and_shift
 from attlas.ops.grid_conv import convolution_flops, depthwise, grid_convolution, positions
 
 PROJECTION = 16 * 16 + 2 * 16
@@ -67,7 +67,7 @@ class _Query(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> _FusedQuery:
-        scale, shift = _affine(self.norm)
+        scale, shift = scale_and_shift(self.norm)
         return _FusedQuery(self.proj.weight * scale.unsqueeze(1), shift)
 
 
@@ -124,17 +124,10 @@ class _TwoKernels(nn.Module):
         assert one.conv.bias is not None
         one.conv.bias.zero_()
         for weight, norm, around in zip(self.weights, self.norms, ([0] * len(border), border), strict=True):
-            scale, shift = _affine(norm)
+            scale, shift = scale_and_shift(norm)
             one.conv.weight += F.pad(weight * scale.view(-1, *[1] * (weight.ndim - 1)), around)
             one.conv.bias += shift
         return one
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a normalisation multiplies by and adds in evaluation."""
-    assert isinstance(norm, TokenBatchNorm)
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
 
 
 @register(SPEC)

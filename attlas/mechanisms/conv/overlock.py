@@ -129,8 +129,8 @@ class OverLoCK(Mixer):
         if min(height, width) >= self.kernel:
             return height, width
         if height < width:
-            return self.kernel, int(self.kernel / height * width)
-        return int(self.kernel / width * height), self.kernel
+            return self.kernel, self.kernel * width // height
+        return self.kernel * height // width, self.kernel
 
     def compute(self, x_BNC: Tensor, context_BMC: Tensor | None, call: Call) -> Tensor:
         """Kernels of all places at once, applied to gathered neighbourhoods."""

@@ -17,15 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Patches
-from attlas.blocks.metaformer import MetaFormerBlock
-from attlas.blocks.mlp import Mlp
-from attlas.core.grid import Grid
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import in_stages, rename
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import State, published
+from attlas.models.vision.ninformer import mean_of_patches, one_norm
 
 CIFAR = {"dim": 256, "depth": 4, "patch": 4, "hidden": 512, "drop": 0.5, "img_size": 32, "num_classes": 10}
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -37,25 +32,16 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 
 def from_official(state: State, model: nn.Module) -> State:
     """The names of Abdullah-88/Activator with the classifier around it."""
-    assert isinstance(model, Isotropic)
-    state = rename(
+    return one_norm(
         state,
+        model,
         (
-            (r"^patcher\.", "embed.conv."),
-            (r"^classifier\.", "head."),
-            (r"^model\.(\d+)\.", r"blocks.\1."),
-            (r"\.ffn\.net\.0\.", ".mlp.fc1."),
-            (r"\.ffn\.net\.3\.", ".mlp.fc2."),
-            (r"^(blocks\.\d+)\.norm\.", r"\1.norm1."),
             (r"\.actgu\.proj_1\.", ".mixer.gate."),
             (r"\.actgu\.proj_2\.", ".mixer.value."),
             (r"\.actgu\.proj_3\.", ".mixer.out."),
             (r"\.actgu\.", ".mixer."),
         ),
     )
-    if any(".mlp." in key for key in state):
-        state |= {key.replace("norm1", "norm2"): value for key, value in state.items() if ".norm1." in key}
-    return in_stages(state, model.depths)
 
 
 @published(
@@ -95,26 +81,16 @@ def activator(
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the patch.
     """
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch))
+    grid = patch_grid(img_size, patch)
     own = {"hidden": hidden} if mixer == "activator" else {}
     mixers = stage_mixers(mixer, depth, dim, 1, grid, {**own, **(mixer_settings or {})})
-    (rates,) = rising(drop_path, [depth])
-    blocks = []
-    for each, rate in zip(mixers, rates, strict=True):
-        block = MetaFormerBlock(each, Mlp(dim, hidden, drop=drop) if mlp else None, drop_path=rate)
-        if mlp:
-            block.norm2 = block.norm1
-        blocks.append(block)
-    return Isotropic(
-        Patches(in_chans, dim, patch),
-        blocks,
-        dim=dim,
+    return mean_of_patches(
+        mixers,
         grid=grid,
-        stride=patch,
-        norm=nn.Identity(),
+        patch=patch,
+        hidden=hidden if mlp else None,
+        drop=drop,
+        drop_path=drop_path,
         num_classes=num_classes,
         in_chans=in_chans,
-        places=False,
-        pool="mean",
     )

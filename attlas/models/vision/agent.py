@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Downsample, Patches, PatchMerging
+from attlas.blocks.embed import Downsample, Patches
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.norms import MapLayerNorm
@@ -35,9 +35,11 @@ from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
 from attlas.models.isotropic import Isotropic
 from attlas.models.key_maps import rename, split
-from attlas.models.mixers import Mixers, map_sizes, per_stage, picture_size, stage_mixers
+from attlas.models.mixers import Mixers, map_sizes, patch_grid, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import CLASSIFIER
+from attlas.models.stages import check_stages
 from attlas.models.vision import swin, vit
 
 STRIDES = (4, 8, 16, 32)
@@ -72,9 +74,9 @@ PVT: Mapping[str, Mapping[str, Any]] = {
 }
 
 SWIN: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {"depths": (2, 2, 6, 2), "dim": 96, "heads": (3, 6, 12, 24), "mixed": (2, 2, 6, 0), "drop_path": 0.2},
-    "small": {"depths": (2, 2, 18, 2), "dim": 96, "heads": (3, 6, 12, 24), "mixed": (2, 2, 0, 0), "drop_path": 0.3},
-    "base": {"depths": (2, 2, 18, 2), "dim": 128, "heads": (4, 8, 16, 32), "mixed": (2, 2, 2, 0), "drop_path": 0.5},
+    "tiny": {**swin.SIZES["tiny"], "mixed": (2, 2, 6, 0)},
+    "small": {**swin.SIZES["small"], "mixed": (2, 2, 0, 0)},
+    "base": {**swin.SIZES["base"], "mixed": (2, 2, 2, 0)},
     "micro": {
         "depths": (1, 2, 2, 2),
         "dim": 8,
@@ -109,7 +111,7 @@ def pvt_from_official(state: State, model: nn.Module) -> State:
             *((rf"^block{i + 1}\.", f"stages.{i}.blocks.") for i in stages),
             (r"\.attn\.q\.", ".mixer.q_proj."),
             (r"\.attn\.proj\.", ".mixer.out_proj."),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            CLASSIFIER,
         ),
     )
     return _agents(
@@ -194,8 +196,7 @@ def agent_deit(
         img_size: that it is trained on, a multiple of the patch.
     """
     _check_mixed([mixed], [depth])
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch), prefix=1)
+    grid = patch_grid(img_size, patch, prefix=1)
     settings = _settings(mixer, agents, mixer_settings)
     mixers = stage_mixers(mixer, mixed, dim, heads, grid, settings, layers=depth)
     mixers += stage_mixers("softmax", depth - mixed, dim, heads, grid, first=mixed, layers=depth)
@@ -244,6 +245,7 @@ def agent_pvt(
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(dims=dims, depths=depths, heads=heads, mlp_ratios=mlp_ratios, agents=agents)
     names, rates, widths = per_stage(mixer, len(dims)), rising(drop_path, depths), (in_chans, *dims)
     downsamples, stages = [], []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
@@ -251,8 +253,7 @@ def agent_pvt(
         patches = Downsample(widths[i], dims[i], side, side, after=MapLayerNorm, fill=True)
         downsamples.append(Placed(patches, dims[i], grid))
         settings = _settings(names[i], agents[i], mixer_settings)
-        layers = {"first": sum(depths[:i]), "layers": sum(depths)}
-        mixers = stage_mixers(names[i], depths[i], dims[i], heads[i], grid, settings, **layers)
+        mixers = stage_mixers(names[i], depths[i], dims[i], heads[i], grid, settings)
         stages.append(TokenStage(_blocks(mixers, mlp_ratios[i], rates[i], 1e-6)))
     head = Head(dims[-1], num_classes)
     return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
@@ -293,6 +294,7 @@ def agent_swin(
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(depths=depths, heads=heads, agents=agents[: len(depths)])
     _check_mixed(mixed, depths)
     names, rates = per_stage(mixer, len(depths)), rising(drop_path, depths)
     dims = [dim * 2**i for i in range(len(depths))]
@@ -303,10 +305,7 @@ def agent_swin(
         behind = {"first": mixed[i], "layers": depths[i]}
         mixers += stage_mixers("swin", depths[i] - mixed[i], dims[i], heads[i], grid, {"window": window}, **behind)
         stages.append(TokenStage(_blocks(mixers, 4, rates[i], 1e-5)))
-    patches = Downsample(in_chans, dim, 4, 4, after=MapLayerNorm, fill=True)
-    between = [PatchMerging(width, 2 * width) for width in dims[:-1]]
-    head = Head(dims[-1], num_classes, before=MapLayerNorm)
-    return Pyramid([patches, *between], stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
+    return swin.swin_pyramid(stages, dims, in_chans, num_classes)
 
 
 def _check_mixed(mixed: Sequence[int], depths: Sequence[int]) -> None:

@@ -27,8 +27,6 @@ from torch import nn
 from attlas.blocks.conv_stem import ConvStem
 from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Downsample
-from attlas.blocks.factory import make_attend
-from attlas.blocks.local_enhancement import LocallyEnhanced
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.stage import TokenStage
@@ -36,10 +34,12 @@ from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
-from attlas.models.key_maps import QKV, rename, split
+from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import CLASSIFIER, LAST_NORM, unfused
+from attlas.models.stages import check_stages, enhanced_softmax
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32
@@ -73,8 +73,8 @@ def from_official(state: State, model: nn.Module) -> State:
             (r"\.pos_embed\.", r".position1.conv."),
             (r"\.mlp\.0\.", r".mlp.fc1."),
             (r"\.mlp\.[23]\.", r".mlp.fc2."),
-            (r"^norm\.", "head.before."),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            LAST_NORM,
+            CLASSIFIER,
         ),
     )
     assert isinstance(model, Pyramid)
@@ -96,7 +96,7 @@ def from_official(state: State, model: nn.Module) -> State:
                 (r"^downsample_layers\.(\d)\.1\.", r"downsamples.\1.conv."),
             ),
         )
-    return split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV))
+    return unfused(state)
 
 
 @published(
@@ -130,7 +130,7 @@ def biformer(
         regions: on each axis of a map; a map of fewer places has as many as places.
         tops: regions that a region attends to, in each stage, at most all.
         mixer: the mechanism of each stage. "softmax" in the last one has the convolution beside it.
-        mixer_settings: of the mechanisms, that softmax attention apart.
+        mixer_settings: of the mechanisms; that softmax attention has them where every stage has softmax attention.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
@@ -138,24 +138,20 @@ def biformer(
     """
     if layout not in ("conv", "swin"):
         raise BadInput(f"layout is 'conv' or 'swin', got {layout!r}")
+    check_stages(dims=dims, depths=depths, tops=tops)
     names, rates, last = per_stage(mixer, len(dims)), rising(drop_path, depths), len(dims) - 1
+    shared = mixer_settings if set(names) == {"softmax"} else None
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
         dim, grid = dims[i], Grid(size)
         mixers: list[Mixer]
         if names[i] == "softmax" and i == last:
-            mixers = [
-                LocallyEnhanced(
-                    make_attend("softmax", LAST_HEADS, dim // LAST_HEADS, grid=grid), of="tokens", bias=False
-                )
-                for _ in range(depths[i])
-            ]
+            mixers = enhanced_softmax(depths[i], dim, LAST_HEADS, grid, shared, of="tokens", bias=False)
         else:
             count = min(regions, *size)
             own = {"regions": count, "top": min(tops[i], count**2)} if names[i] == "biformer" else {}
             settings = {**own, **(mixer_settings or {})}
-            layers = {"first": sum(depths[:i]), "layers": sum(depths)}
-            mixers = stage_mixers(names[i], depths[i], dim, max(1, dim // HEAD_DIM), grid, settings, **layers)
+            mixers = stage_mixers(names[i], depths[i], dim, max(1, dim // HEAD_DIM), grid, settings)
         stages.append(
             TokenStage(
                 MetaFormerBlock(

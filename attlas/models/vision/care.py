@@ -33,13 +33,14 @@ from attlas.core.mechanism import Mixer
 from attlas.mechanisms.linear.care import CARE, Interaction
 from attlas.models.backbone import classifier
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import map_sizes, stage_mixers
+from attlas.models.mixers import sizes_after, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
 from attlas.ops.batch_norm import TokenBatchNorm
 from attlas.ops.grid_conv import depthwise, grid_convolution
 
-STRIDES = (4, 8, 16, 32)
+PATCHES = ((4, 4, 0), (2, 2, 0), (2, 2, 0), (2, 2, 0))
+"""Kernel, stride and padding of the stem and of each step between two stages."""
 STRIP = 11
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "s0": {"depths": (2, 4, 8, 4), "dims": (32, 64, 128, 256), "ratios": ((2, 2), (2, 4), (4, 4), (4, 4))},
@@ -210,7 +211,7 @@ def care(
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    rates, sizes = rising(drop_path, depths), map_sizes(img_size, STRIDES)
+    rates, sizes = rising(drop_path, depths), sizes_after(img_size, PATCHES[: len(dims)])
     shallow, batch_norm = len(dims) - len(head_dims), nn.BatchNorm2d
     downsamples = [Downsample(in_chans, dims[0], 4, 4, after=batch_norm)]
     downsamples += [Downsample(dims[i - 1], dims[i], 2, 2, before=batch_norm) for i in range(1, len(dims))]
@@ -223,9 +224,7 @@ def care(
         own = {"ratios": ratios[i]} if mixer == "care" else {}
         settings = {**own, **(mixer_settings or {})}
         heads = max(1, dim // 4 // head_dims[i - shallow])
-        mixers = stage_mixers(
-            mixer, depths[i], dim, heads, Grid(sizes[i]), settings, first=sum(depths[:i]), layers=sum(depths)
-        )
+        mixers = stage_mixers(mixer, depths[i], dim, heads, Grid(sizes[i]), settings)
         blocks: list[nn.Module] = [block(each, drop_path=rate) for each, rate in zip(mixers, rates[i], strict=True)]
         if i == len(dims) - 1:
             blocks[-1] = LastBlock(mixers[-1], ratios[i][1], rates[i][-1])

@@ -63,6 +63,8 @@ class ContextHead(nn.Module):
         inside = mixer.site.dim
         self.before, self.mixer, self.after = conv(dim, inside), mixer, conv(inside, inside)
         self.bottleneck, self.drop = conv(dim + inside, hidden), nn.Dropout2d(drop)
+        if num_classes < 0:
+            raise BadInput(f"num_classes cannot be negative, got {num_classes}; 0 gives features")
         self.classifier = nn.Conv2d(hidden, num_classes, 1) if num_classes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -106,6 +108,10 @@ class Segmenter(Backbone):
 
 def dilated(net: Pyramid, dilations: Sequence[int]) -> Pyramid:
     """A ResNet, changed in place: stages with a dilation keep the size of the map and look so much further apart."""
+    if len(dilations) != len(net.stages) or min(dilations) < 1 or dilations[0] != 1:
+        raise BadInput(
+            f"dilations are 1 for the first stage and at least 1 for each of {len(net.stages)}, got {list(dilations)}"
+        )
     strides: list[int] = []
     for index, (stage, dilation) in enumerate(zip(net.stages, dilations, strict=True)):
         strides.append(net.strides[index] if dilation == 1 else strides[-1])
@@ -120,6 +126,8 @@ def dilated(net: Pyramid, dilations: Sequence[int]) -> Pyramid:
 
 def deep_stem(net: Pyramid, widths: Sequence[int], in_chans: int) -> Pyramid:
     """A ResNet, changed in place: its stem three convolutions of these widths, the last as wide as it likes."""
+    if len(widths) != 3 or min(widths) < 1:
+        raise BadInput(f"stem names the channels behind each of three convolutions, got {list(widths)}")
     blocks: Any = net.stages[0].blocks
     a, b, c = widths
     convs = [ConvNorm(in_chans, a, 3, 2), nn.ReLU(), ConvNorm(a, b, 3), nn.ReLU(), ConvNorm(b, c, 3), nn.ReLU()]

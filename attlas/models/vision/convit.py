@@ -23,10 +23,13 @@ from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Patches
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
+from attlas.mechanisms.softmax.convit import ConViT
+from attlas.models.backbone import start_normal, start_published
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import QKV, in_stages, rename, split
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.key_maps import QKV, in_stages, rename, split, tables
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import State, published
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -52,11 +55,8 @@ def from_timm(state: State, model: nn.Module) -> State:
             (r"\.attn\.gating_param$", ".mixer.gate"),
         ),
     )
-    for name in ("prefix", "places.weight"):
-        if name in state:
-            state[name] = state[name].flatten(0, 1)
     assert isinstance(model, Isotropic)
-    return in_stages(state, model.depths)
+    return in_stages(tables(state, "prefix", "places.weight"), model.depths)
 
 
 @published(
@@ -93,8 +93,11 @@ def convit(
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the patch.
     """
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch))
+    if not 0 <= local < depth:
+        raise BadInput(
+            f"the class token comes in before one of the {depth} blocks, local=0 to {depth - 1}, got {local}"
+        )
+    grid = patch_grid(img_size, patch)
     joined = Grid(grid.shape, prefix=1)
     mixers = [
         *stage_mixers(mixer, local, dim, heads, grid, mixer_settings, layers=depth),
@@ -106,7 +109,7 @@ def convit(
         MetaFormerBlock(each, Mlp(dim, 4 * dim), norm=norm, drop_path=rate)
         for each, rate in zip(mixers, rates, strict=True)
     ]
-    return Isotropic(
+    net = Isotropic(
         Patches(in_chans, dim, patch),
         blocks,
         dim=dim,
@@ -117,3 +120,9 @@ def convit(
         in_chans=in_chans,
         joins=local,
     )
+    for each in mixers:
+        if isinstance(each, ConViT):  # its values and positions start as those of a convolution
+            start_normal(each.qk_proj)
+            start_normal(each.out_proj)
+            nn.init.zeros_(each.position_proj.bias)
+    return start_published(net)

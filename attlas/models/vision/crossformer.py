@@ -30,10 +30,12 @@ from attlas.blocks.norms import MapLayerNorm
 from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.models.backbone import Head
-from attlas.models.key_maps import QKV, rename, split
+from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import BETWEEN, CLASSIFIER, LAST_NORM, unfused
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 STEM, MERGING = (4, 8, 16, 32), (2, 4)
@@ -59,27 +61,27 @@ def from_official(state: State, model: nn.Module) -> State:
     """The names of cheerss/CrossFormer."""
     cooled = any(".ex_conv." in key for key in state)
     state = rename(
-        split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV)),
+        unfused(state),
         (
             (r"^patch_embed\.projs\.", "downsamples.0.convs."),
             (r"^patch_embed\.norm\.", "downsamples.0.after."),
-            (r"^layers\.(\d)\.downsample\.norm\.", r"merging.\1.before."),
-            (r"^layers\.(\d)\.downsample\.reductions\.", r"merging.\1.convs."),
+            *BETWEEN,
+            (r"^(downsamples\.[123]\.)norm\.", r"\1before."),
+            (r"^(downsamples\.[123]\.)reductions\.", r"\1convs."),
             (r"^layers\.", "stages."),
             (r"\.attn\.proj\.", ".mixer.out_proj."),
             (r"\.attn\.pos\.pos_proj\.", ".mixer.attend.position_bias.0."),
             (r"\.ex_conv\.", ".cooling.conv."),
             (r"\.ex_ln\.", ".cooling.norm."),
-            (r"^norm\.", "head.before."),
-            (r"^head\.(weight|bias)", r"head.classifier.\1"),
+            LAST_NORM,
+            CLASSIFIER,
         ),
     )
     return {_home(key, cooled): value for key, value in state.items()}
 
 
 def _home(key: str, cooled: bool) -> str:
-    """Merging stands before the stage that it is for, a cooling behind its block, the position bias in a row."""
-    key = re.sub(r"^merging\.(\d)", lambda found: f"downsamples.{int(found[1]) + 1}", key)
+    """A cooling stands behind its block, the layers of the position bias in a row."""
     key = re.sub(
         r"\.attn\.pos\.pos(\d)\.(\d)\.",
         lambda found: f".mixer.attend.position_bias.{3 * int(found[1]) - 2 + int(found[2])}.",
@@ -127,6 +129,7 @@ def crossformer(
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
+    check_stages(depths=depths, heads=heads, groups=groups[: len(depths)], intervals=intervals)
     names = per_stage(mixer, len(depths))
     rates = rising(drop_path, depths)
     dims = [dim * 2**i for i in range(len(depths))]

@@ -18,20 +18,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.blocks.cross_branch import CrossBranch
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Patches, Places, check_patches
+from attlas.blocks.embed import Patches, Places, check_patches, prefix_tokens, with_prefix
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
-from attlas.models.key_maps import QKV, rename, split
-from attlas.models.mixers import Mixers, per_stage, picture_size, stage_mixers
+from attlas.models.backbone import start_published
+from attlas.models.key_maps import QKV, rename, split, tables
+from attlas.models.mixers import Mixers, Settings, patch_grid, per_stage, picture_size, settings_per_stage, stage_mixers
 from attlas.models.registry import State, published
 from attlas.models.two_branch import BranchHead, Grids, Pair, TwoBranch
 from attlas.ops.maps import to_tokens
@@ -99,15 +99,14 @@ class Branch(nn.Module):
     def __init__(self, patches: nn.Module, dim: int, grid: Grid) -> None:
         super().__init__()
         self.patches = patches
-        self.prefix = nn.Parameter(torch.empty(grid.prefix, dim))
-        nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.prefix = prefix_tokens(grid.prefix, dim)
         self.places = Places(dim, grid)
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Grid]:
         """Tokens, and how they lie."""
         x_BNC, grid = to_tokens(self.patches(image_BCHW))
         grid = Grid(grid.shape, prefix=len(self.prefix))
-        return self.places(torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1), grid), grid
+        return self.places(with_prefix(self.prefix, x_BNC), grid), grid
 
 
 class TwoSizes(nn.Module):
@@ -141,14 +140,29 @@ class MultiScale(nn.Module):
     def __init__(self, branches: tuple[Stage, Stage], exchange: CrossBranch) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
-        self.exchange = exchange
+        self.exchange: CrossBranch | None = exchange
 
     def forward(self, pair: Pair, grids: Grids) -> Pair:
         """Both branches."""
         first, second = self.branches
         assert isinstance(first, Stage)
         assert isinstance(second, Stage)
-        return self.exchange(first.run(pair[0], grids[0]), second.run(pair[1], grids[1]))
+        pair = first.run(pair[0], grids[0]), second.run(pair[1], grids[1])
+        return pair if self.exchange is None else self.exchange(*pair)
+
+
+class CrossViT(TwoBranch):
+    """Two branches whose class tokens meet.
+
+    A place of the second map is 16 pixels of the picture resized, and so 17.14 of the picture: `strides` says 17.
+    """
+
+    def headless(self) -> None:
+        """Without the last visits either, from which only the class tokens return."""
+        super().headless()
+        last = self.stages[-1]
+        assert isinstance(last, MultiScale)
+        last.exchange = None
 
 
 def shrunk(sides: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -178,10 +192,7 @@ def from_timm(state: State, model: nn.Module) -> State:
             (r"^head\.", "head.classifiers."),
         ),
     )
-    return {
-        key: value.flatten(0, 1) if key.endswith((".prefix", "places.weight")) else value
-        for key, value in state.items()
-    }
+    return tables(state, *(key for key in state if key.endswith((".prefix", "places.weight"))))
 
 
 @published(
@@ -202,12 +213,12 @@ def crossvit(
     patches: tuple[int, int] = (12, 16),
     convolutions: bool = False,
     mixer: Mixers = "softmax",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
     img_size: int | tuple[int, int] = 240,
-) -> TwoBranch:
+) -> CrossViT:
     """Two ViTs with any mechanism whose class tokens ask each other's patches.
 
     Args:
@@ -218,20 +229,19 @@ def crossvit(
         patches: sides of the patches in pixels.
         convolutions: whether three convolutions make a patch.
         mixer: the mechanism of the encoders, or one for each branch; there is a class token in front.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for both branches or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the first patch.
     """
-    names = per_stage(mixer, 2)
+    names, settings = per_stage(mixer, 2), settings_per_stage(mixer_settings, 2)
+    if min(patches) < 1:
+        raise BadInput(f"patches are the sides of patches in pixels, at least 1, got {patches}")
     sides = picture_size(img_size)
     pictures = (sides, shrunk(sides, patches[1]))
     make = ConvPatches if convolutions else Patches
-    grids = [
-        Grid((height // patch, width // patch), prefix=1)
-        for (height, width), patch in zip(pictures, patches, strict=True)
-    ]
+    grids = [patch_grid(picture, patch, prefix=1) for picture, patch in zip(pictures, patches, strict=True)]
     embeds = [Branch(make(in_chans, dims[own], patches[own]), dims[own], grids[own]) for own in range(2)]
     rates = rising(drop_path, [max(encoders)] * depth)
 
@@ -242,7 +252,7 @@ def crossvit(
             dims[own],
             heads[own],
             grids[own],
-            mixer_settings,
+            settings[own],
             first=level * encoders[own],
             layers=depth * encoders[own],
         )
@@ -256,7 +266,7 @@ def crossvit(
         for level in range(depth)
     ]
     head = BranchHead(dims, num_classes)
-    return TwoBranch(
+    net = CrossViT(
         TwoSizes((embeds[0], embeds[1]), patches[1]),
         stages,
         [NORM(dim) for dim in dims],
@@ -266,3 +276,4 @@ def crossvit(
         strides=(patches[0], round(patches[1] / SHRINK)),
         num_features=head.num_features,
     )
+    return start_published(net, own=["crossvit"])

@@ -28,10 +28,12 @@ from attlas.blocks.norms import MapLayerNorm
 from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.models.backbone import Head
-from attlas.models.key_maps import QKV, rename, split
+from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import unfused
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32
@@ -86,9 +88,8 @@ def from_official(state: State, model: nn.Module) -> State:
 
 def _blocks(state: State) -> State:
     """Block 1 of pair 3, stages.2.blocks.3.1, is stages.2.blocks.7 here."""
-    state = split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV))
     flat: State = {}
-    for key, value in state.items():
+    for key, value in unfused(state).items():
         parts = key.replace(".attn.proj.", ".mixer.out_proj.").split(".")
         if parts[0] == "stages":
             parts[3:5] = [str(2 * int(parts[3]) + int(parts[4]))]
@@ -120,7 +121,7 @@ def davit(
     Args:
         depths: pairs of blocks of each stage.
         dim: channels of the first stage, a multiple of 32, which are those of a head; doubled in each that follows.
-        mixer: the mechanism of the first block of every pair, by stage.
+        mixer: the mechanism of the first block of every pair, by stage; its layers are the pairs of the stage.
         mixer_settings: of those mechanisms.
         channel_mixer: the mechanism of the second block of every pair, by stage.
         drop_path: rate of the last block.
@@ -128,6 +129,7 @@ def davit(
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
+    check_stages(depths=depths)
     spatial, channel = per_stage(mixer, len(depths)), per_stage(channel_mixer, len(depths))
     rates = rising(drop_path, [2 * depth for depth in depths])
     dims = [dim * 2**i for i in range(len(depths))]
@@ -136,10 +138,9 @@ def davit(
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
         heads = max(1, dims[i] // HEAD_DIM)
-        place: dict[str, Any] = {"first": sum(depths[:i]), "layers": sum(depths)}
         pairs = zip(
-            stage_mixers(spatial[i], depths[i], dims[i], heads, Grid(size), mixer_settings, **place),
-            stage_mixers(channel[i], depths[i], dims[i], heads, Grid(size), **place),
+            stage_mixers(spatial[i], depths[i], dims[i], heads, Grid(size), mixer_settings),
+            stage_mixers(channel[i], depths[i], dims[i], heads, Grid(size)),
             strict=True,
         )
         mixers = [each for pair in pairs for each in pair]

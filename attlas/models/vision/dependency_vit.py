@@ -31,7 +31,9 @@ from attlas.blocks.mlp import Mlp
 from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
+from attlas.core.mask import Mask
 from attlas.mechanisms.softmax.dependency_vit import DependencyViT
+from attlas.models.backbone import start_published
 from attlas.models.isotropic import Isotropic
 from attlas.models.mixers import map_sizes, stage_mixers
 from attlas.models.registry import published
@@ -77,10 +79,10 @@ class DependencyBlock(MetaFormerBlock):
         assert sender is not None
         assert isinstance(mixer, Attention)
         y_BNC = self.norm1(x_BNC)
-        q_BHND, k_BHND = (
-            proj(y_BNC).unflatten(-1, (mixer.site.heads, -1)).transpose(1, 2) for proj in (mixer.q_proj, mixer.k_proj)
-        )
-        edges_BNN = sender.edges(q_BHND, k_BHND, tokens=y_BNC, grid=grid)
+        q_BHND, k_BHND, _ = mixer._project(y_BNC, None, 0)
+        bias = mixer.position.bias(grid)
+        mask = None if bias is None else Mask.biased(bias.to(q_BHND.dtype))
+        edges_BNN = sender.edges(q_BHND, k_BHND, tokens=y_BNC, mask=mask, grid=grid)
         return edges_BNN.masked_fill(~among_BN.unsqueeze(-1), -1).argmax(1)
 
 
@@ -183,7 +185,7 @@ def dependency_vit(
         DependencyBlock(each, Mlp(dim, 4 * dim), drop_path=rate)
         for each, rate in zip(stage_mixers(mixer, depth, dim, heads, grid, mixer_settings), rates, strict=True)
     ]
-    return DependencyNetwork(
+    net = DependencyNetwork(
         ConvStem(in_chans, (dim // 8, dim // 4, dim // 2, dim), (2, 2, 2, 2)),
         blocks,
         dim=dim,
@@ -194,3 +196,4 @@ def dependency_vit(
         in_chans=in_chans,
         keep=keep,
     )
+    return start_published(net)

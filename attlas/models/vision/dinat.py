@@ -18,14 +18,13 @@ Neighborhood Attention Transformer", 2022 (arXiv:2209.15001), official code SHI-
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Downsample, PatchMerging
+from attlas.blocks.embed import Downsample
 from attlas.blocks.factory import mixer as make_mixer
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
@@ -35,10 +34,13 @@ from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import QKV, in_stages, rename, split
+from attlas.models.key_maps import in_stages, rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import BETWEEN, CLASSIFIER, LAST_NORM, unfused
+from attlas.models.stages import check_stages
+from attlas.models.vision import swin
 
 STRIDES = (4, 8, 16, 32)
 DEEP = (3, 4, 18, 5)
@@ -59,14 +61,13 @@ DINAT: Mapping[str, Mapping[str, Any]] = {
     "micro": {"depths": (1, 2), "dim": 32, "heads": (2, 4), "expansion": 2, "window": 3, "img_size": 32},
 }
 LIKE_SWIN: Mapping[str, Mapping[str, Any]] = {
-    "tiny": {"depths": (2, 2, 6, 2), "dim": 96, "heads": (3, 6, 12, 24), "drop_path": 0.2},
-    "small": {"depths": (2, 2, 18, 2), "dim": 96, "heads": (3, 6, 12, 24), "drop_path": 0.3},
-    "base": {"depths": (2, 2, 18, 2), "dim": 128, "heads": (4, 8, 16, 32), "drop_path": 0.5},
-    "large": {"depths": (2, 2, 18, 2), "dim": 192, "heads": (6, 12, 24, 48), "drop_path": 0.35},
+    **{size: swin.SIZES[size] for size in ("tiny", "small", "base")},
+    "large": {**swin.SIZES["large"], "drop_path": 0.35},
 }
 ISOTROPIC: Mapping[str, Mapping[str, Any]] = {
     "small": {"dim": 384, "depth": 12, "heads": 12, "drop_path": 0.1},
     "base": {"dim": 768, "depth": 12, "heads": 24, "drop_path": 0.4},
+    "micro": {"dim": 24, "depth": 4, "heads": 2, "window": 3, "img_size": 112},
 }
 SOURCE: Mapping[str, Any] = {
     "title": "Dilated Neighborhood Attention Transformer",
@@ -78,7 +79,7 @@ SOURCE: Mapping[str, Any] = {
 def from_official(state: State, model: nn.Module) -> State:
     """The names of SHI-Labs/Neighborhood-Attention-Transformer, where a stage ends with the way to the next one."""
     state = rename(
-        split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV)),
+        unfused(state),
         (
             (r"\.attn\.rpb$", ".mixer.attend.relative_bias"),
             (r"\.attn\.proj\.", ".mixer.out_proj."),
@@ -89,24 +90,20 @@ def from_official(state: State, model: nn.Module) -> State:
         state = rename(state, ((r"^patch_embed\.proj\.", "embed.conv."), (r"^patch_embed\.norm\.", "embed.after.")))
         return in_stages(state, model.depths, "layers")
     overlapping = any(key.startswith("levels.") for key in state)
-    state = rename(
+    between = ((r"^(downsamples\.[123]\.)reduction\.", r"\1conv."), (r"^(downsamples\.[123]\.)norm\.", r"\1after."))
+    return rename(
         state,
         (
+            *BETWEEN,
+            *(between if overlapping else ()),
             (r"^patch_embed\.proj\.(\d)\.", r"downsamples.0.\1.conv."),
             (r"^patch_embed\.proj\.", "downsamples.0.conv."),
             (r"^patch_embed\.norm\.", "downsamples.0.1.after." if overlapping else "downsamples.0.after."),
-            (r"^levels\.(\d)\.downsample\.reduction\.", r"merging.\1.conv."),
-            (r"^levels\.(\d)\.downsample\.norm\.", r"merging.\1.after."),
-            (r"^layers\.(\d)\.downsample\.", r"merging.\1."),
             (r"^(levels|layers)\.", "stages."),
-            (r"^norm\.", "head.before."),
-            (r"^head\.(weight|bias)", r"head.classifier.\1"),
+            LAST_NORM,
+            CLASSIFIER,
         ),
     )
-    return {
-        re.sub(r"^merging\.(\d)", lambda found: f"downsamples.{int(found[1]) + 1}", key): value
-        for key, value in state.items()
-    }
 
 
 @published(
@@ -149,37 +146,32 @@ def dinat(
             where the mixer is `neighborhood`.
         overlapping: whether maps are made by 3 x 3 convolutions, instead of patches and merging as in Swin.
         scale: starting value of the layer scales; None for none.
-        mixer: the mechanism of each stage.
+        mixer: the mechanism of each stage, whose layers are counted from the start of the stage.
         mixer_settings: of the mechanisms.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(depths=depths, heads=heads)
     names = per_stage(mixer, len(depths))
     rates = rising(drop_path, depths)
     dims = [dim * 2**i for i in range(len(depths))]
-    downsamples: list[nn.Module]
-    if overlapping:
-        stem = Downsample(in_chans, dim // 2, 3, 2), Downsample(dim // 2, dim, 3, 2, after=MapLayerNorm)
-        downsamples = [nn.Sequential(*stem)]
-        downsamples += [Downsample(width, 2 * width, 3, 2, after=MapLayerNorm, bias=False) for width in dims[:-1]]
-    else:
-        downsamples = [Downsample(in_chans, dim, 4, 4, after=MapLayerNorm, fill=True)]
-        downsamples += [PatchMerging(width, 2 * width) for width in dims[:-1]]
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
-        mixers = [
-            _mixer(names[i], dims[i], heads[i], Grid(size), window, dilated and j % 2 == 1, mixer_settings)
-            for j in range(depths[i])
-        ]
+        mixers = _mixers(names[i], depths[i], dims[i], heads[i], Grid(size), window, dilated, mixer_settings)
         stages.append(
             TokenStage(
                 MetaFormerBlock(each, Mlp(dims[i], expansion * dims[i]), scale=scale, drop_path=rate)
                 for each, rate in zip(mixers, rates[i], strict=True)
             )
         )
+    if not overlapping:
+        return swin.swin_pyramid(stages, dims, in_chans, num_classes)
+    stem = Downsample(in_chans, dim // 2, 3, 2), Downsample(dim // 2, dim, 3, 2, after=MapLayerNorm)
+    between = [Downsample(width, 2 * width, 3, 2, after=MapLayerNorm, bias=False) for width in dims[:-1]]
     head = Head(dims[-1], num_classes, before=MapLayerNorm)
+    downsamples = [nn.Sequential(*stem), *between]
     return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
 
 
@@ -217,13 +209,9 @@ def isotropic(
     """
     grid = Grid(map_sizes(img_size, [PATCH])[0])
     (rates,) = rising(drop_path, [depth])
+    mixers = _mixers(mixer, depth, dim, heads, grid, window, dilated, mixer_settings)
     blocks = [
-        MetaFormerBlock(
-            _mixer(mixer, dim, heads, grid, window, dilated and j % 2 == 1, mixer_settings),
-            Mlp(dim, 4 * dim),
-            drop_path=rate,
-        )
-        for j, rate in enumerate(rates)
+        MetaFormerBlock(each, Mlp(dim, 4 * dim), drop_path=rate) for each, rate in zip(mixers, rates, strict=True)
     ]
     return Isotropic(
         Downsample(in_chans, dim, PATCH, PATCH, after=MapLayerNorm, fill=True),
@@ -239,13 +227,25 @@ def isotropic(
     )
 
 
-def _mixer(
-    name: str, dim: int, heads: int, grid: Grid, window: int, apart: bool, settings: Mapping[str, Any] | None
-) -> Mixer:
-    """One layer of a mechanism; neighborhoods fit the shorter side of their map."""
-    own: dict[str, Any] = {}
-    if name == "neighborhood":
-        side = min(grid.shape)
-        fitting = min(window, side - 1 + side % 2)
-        own = {"window": fitting, "dilation": side // fitting if apart else 1, "relative_bias": True}
-    return make_mixer(name, dim, heads, grid=grid, **{**own, **(settings or {})})
+def _mixers(
+    name: str,
+    depth: int,
+    dim: int,
+    heads: int,
+    grid: Grid,
+    window: int,
+    dilated: bool,
+    settings: Mapping[str, Any] | None,
+) -> list[Mixer]:
+    """The layers of a stage; neighborhoods fit the shorter side of their map."""
+    mixers = []
+    for layer in range(depth):
+        own: dict[str, Any] = {}
+        if name == "neighborhood":
+            side = min(grid.shape)
+            fitting = min(window, side - 1 + side % 2)
+            apart = dilated and layer % 2 == 1
+            own = {"window": fitting, "dilation": side // fitting if apart else 1, "relative_bias": True}
+        every = {**own, **(settings or {})}
+        mixers.append(make_mixer(name, dim, heads, grid=grid, layer=layer, layers=depth, **every))
+    return mixers

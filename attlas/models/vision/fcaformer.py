@@ -117,14 +117,19 @@ def from_official(state: State, model: nn.Module) -> State:
     for key, value in state.items():
         if ".qkv." in key:
             third = len(value) // 3
-            ours[key.replace("qkv", "mix.q_proj")], ours[key.replace("qkv", "mix.kv_proj")] = value.split(
-                [third, 2 * third]
-            )
+            query, key_value = value.tensor_split([third])
+            ours[key.replace("qkv", "mix.q_proj")], ours[key.replace("qkv", "mix.kv_proj")] = query, key_value
         elif key.endswith("position_bias"):
-            grid = next(stage.grid for start, stage in deep.items() if key.startswith(start))
+            grid = next((stage.grid for start, stage in deep.items() if key.startswith(start)), None)
+            if grid is None or value.shape[1:] != (grid.positions,):
+                raise BadInput(f"{key} has a number for each place of a {grid}, got the shape {tuple(value.shape)}")
             ours[key] = value.unflatten(1, grid.shape)
+        elif key.endswith(("handed_bias", "handed_scale")):
+            if value.ndim < 3:
+                raise BadInput(f"{key} has the shape (1, heads, 1, ...), got {tuple(value.shape)}")
+            ours[key] = value[0, :, 0]
         else:
-            ours[key] = value[0, :, 0] if key.endswith(("handed_bias", "handed_scale")) else value
+            ours[key] = value
     return ours
 
 

@@ -24,19 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from attlas.blocks.conv_norm import ConvNorm, TwoKernels
-from attlas.blocks.drop_path import rising
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
-from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
-from attlas.models.backbone import Head
+from attlas.models.backbone import Head, start_published
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, doubling, map_sizes, token_stages
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
+from attlas.ops.batch_norm import scale_and_shift
 from attlas.ops.maps import to_map, to_tokens
 
-STRIDES = (4, 8, 16, 32)
 STEM = 64
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -81,13 +80,11 @@ class NormProjection(nn.Module):
     @torch.no_grad()
     def fused(self) -> nn.Conv2d:
         """One convolution with a bias that does what this does in evaluation."""
-        norm, weight = self.norm, self.conv.weight[:, :, 0, 0]
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight = self.conv.weight[:, :, 0, 0]
+        scale, shift = scale_and_shift(self.norm)
         one = nn.Conv2d(len(weight), len(weight), 1).to(weight)
         one.weight = nn.Parameter((weight * scale + torch.eye(len(weight)).to(weight))[:, :, None, None])
-        one.bias = nn.Parameter(weight @ (norm.bias - norm.running_mean * scale))
+        one.bias = nn.Parameter(weight @ shift)
         return one
 
 
@@ -147,7 +144,7 @@ def ffnet(
     kernels: Sequence[int] = (3, 3, 7, 7),
     mlp_kernel: int = 7,
     mixer: Mixers = "ffnet",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     scale: float | None = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
@@ -163,43 +160,36 @@ def ffnet(
         kernels: of FFNified attention in each stage, where that is the mechanism; 7 has one of 3 beside it.
         mlp_kernel: of the convolutions in the MLPs; 7 has one of 3 beside it.
         mixer: the mechanism, one for all stages or one for each.
-        mixer_settings: of the mechanisms, before `kernels`.
+        mixer_settings: of the mechanisms, for all stages or for each, before `kernels`.
         scale: starting value of the layer scales; None for none.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names, rates = per_stage(mixer, len(depths)), rising(drop_path, depths)
-    dims = [dim * 2**i for i in range(len(depths))]
+    check_stages(depths=depths, kernels=kernels)
+    dims, strides = doubling(dim, len(depths)), doubling(4, len(depths))
     first = nn.Sequential(ConvNorm(in_chans, stem, 3, 2), nn.GELU(), ConvNorm(stem, dim, 3, 2))
     between = [
         nn.Sequential(TwoKernels(dims[i - 1], dims[i], stride=2), NormProjection(dims[i])) for i in range(1, len(dims))
     ]
-    stages = []
-    for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
-        own = {"kernel": kernels[i], "branch": 3 if kernels[i] == 7 else 0} if names[i] == "ffnet" else {}
-        mixers = stage_mixers(
-            names[i],
-            depths[i],
-            dims[i],
-            2 ** (i + 1),
-            Grid(size),
-            {**own, **(mixer_settings or {})},
-            first=sum(depths[:i]),
-            layers=sum(depths),
-        )
-        stages.append(
-            TokenStage(
-                MetaFormerBlock(
-                    each,
-                    ConvFirstMlp(dims[i], 3 * dims[i], mlp_kernel),
-                    norm=lambda _: nn.Identity(),
-                    scale=scale,
-                    drop_path=rate,
-                )
-                for each, rate in zip(mixers, rates[i], strict=True)
-            )
-        )
+    stages = token_stages(
+        mixer,
+        depths,
+        dims,
+        doubling(2, len(depths)),
+        map_sizes(img_size, strides),
+        lambda each, rate: MetaFormerBlock(
+            each,
+            ConvFirstMlp(each.site.dim, 3 * each.site.dim, mlp_kernel),
+            norm=lambda _: nn.Identity(),
+            scale=scale,
+            drop_path=rate,
+        ),
+        settings=mixer_settings,
+        own=lambda i, name: {"kernel": kernels[i], "branch": 3 if kernels[i] == 7 else 0} if name == "ffnet" else {},
+        drop_path=drop_path,
+    )
     head = Head(dims[-1], num_classes, before=nn.BatchNorm2d)
-    return Pyramid([first, *between], stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
+    net = Pyramid([first, *between], stages, head, in_chans=in_chans, channels=dims, strides=strides)
+    return start_published(net, kinds=(nn.Linear, nn.Conv2d), own=["ffnet"])

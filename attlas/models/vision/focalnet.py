@@ -20,16 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Downsample
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.norms import MapLayerNorm
-from attlas.blocks.stage import TokenStage
-from attlas.core.grid import Grid
-from attlas.models.backbone import Head
+from attlas.models.backbone import Head, start_published
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, doubling, sizes_after, token_stages
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
 
@@ -75,7 +72,13 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 
 def from_timm(state: State, model: nn.Module) -> State:
     """The names of timm."""
-    state = rename(
+    state = dict(state)
+    for name, module in model.named_modules():
+        # By timm's names, so that weights which are ours already stay what they are.
+        theirs = name.replace("stages.", "layers.").replace(".mixer", ".modulation.h.weight")
+        if getattr(module, "normalize", False) and theirs in state:
+            state[theirs] = state[theirs] * (len(module.kernels) + 1)
+    return rename(
         linear(state, r"(modulation\.(f|h|proj)|mlp\.fc\d)\.weight"),
         (
             (r"^stem\.", "downsamples.0."),
@@ -94,11 +97,6 @@ def from_timm(state: State, model: nn.Module) -> State:
             (r"^head\.fc\.", "head.classifier."),
         ),
     )
-    for name, module in model.named_modules():
-        if getattr(module, "normalize", False):
-            weight = f"{name}.context_proj.weight"
-            state[weight] = state[weight] * (len(module.kernels) + 1)
-    return state
 
 
 def from_official(state: State, model: nn.Module) -> State:
@@ -137,7 +135,7 @@ def focalnet(
     focal: Mapping[str, Any],
     patch: int = 4,
     mixer: Mixers = "focalnet",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     scale: float | None = None,
     post_norm: bool = False,
     overlap: bool = False,
@@ -154,7 +152,7 @@ def focalnet(
         focal: settings of focal modulation where that is the mechanism.
         patch: pixels of a side of the first patches.
         mixer: the mechanism, one for all stages or one for each.
-        mixer_settings: of the mechanisms, before those of `focal`.
+        mixer_settings: of the mechanisms, for all stages or for each, before those of `focal`.
         scale: starting value of the layer scales; None for none.
         post_norm: whether norms stand behind mixer and MLP.
         overlap: whether convolutions of 7 x 7 (stride 4) and 3 x 3 make the patches.
@@ -163,32 +161,27 @@ def focalnet(
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names, rates = per_stage(mixer, len(depths)), rising(drop_path, depths)
-    dims = [dim * 2**i for i in range(len(depths))]
-    strides = [patch * 2**i for i in range(len(depths))]
+    dims, strides = doubling(dim, len(depths)), doubling(patch, len(depths))
     stem = (7, 4, 2) if overlap else (patch, patch, 0)
     between = (3, 2, 1) if overlap else (2, 2, 0)
-    downsamples = []
-    for i, (before, after) in enumerate(zip([in_chans, *dims[:-1]], dims, strict=True)):
-        kernel, stride, padding = between if i else stem
-        downsamples.append(Downsample(before, after, kernel, stride, padding=padding, after=MapLayerNorm))
-    stages = []
-    for i, size in enumerate(map_sizes(img_size, strides)):
-        mixers = stage_mixers(
-            names[i],
-            depths[i],
-            dims[i],
-            max(1, dims[i] // HEAD_DIM),
-            Grid(size),
-            {**(focal if names[i] == "focalnet" else {}), **(mixer_settings or {})},
-            first=sum(depths[:i]),
-            layers=sum(depths),
-        )
-        stages.append(
-            TokenStage(
-                MetaFormerBlock(each, Mlp(dims[i], 4 * dims[i]), scale=scale, drop_path=rate, post_norm=post_norm)
-                for each, rate in zip(mixers, rates[i], strict=True)
-            )
-        )
+    convolutions = [stem, *[between] * (len(depths) - 1)]
+    downsamples = [
+        Downsample(before, after, kernel, stride, padding=padding, after=MapLayerNorm)
+        for before, after, (kernel, stride, padding) in zip([in_chans, *dims[:-1]], dims, convolutions, strict=True)
+    ]
+    stages = token_stages(
+        mixer,
+        depths,
+        dims,
+        [max(1, dim // HEAD_DIM) for dim in dims],
+        sizes_after(img_size, convolutions),
+        lambda each, rate: MetaFormerBlock(
+            each, Mlp(each.site.dim, 4 * each.site.dim), scale=scale, drop_path=rate, post_norm=post_norm
+        ),
+        settings=mixer_settings,
+        own=lambda _, name: focal if name == "focalnet" else {},
+        drop_path=drop_path,
+    )
     head = Head(dims[-1], num_classes, before=MapLayerNorm)
-    return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=strides)
+    net = Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=strides)
+    return start_published(net, kinds=(nn.Linear, nn.Conv2d), own=["focalnet"])

@@ -23,6 +23,7 @@ from attlas.blocks.conv_norm import ConvNorm
 from attlas.blocks.drop_path import DropPath, rising
 from attlas.blocks.ghost import GhostModule
 from attlas.blocks.stage import Stage
+from attlas.core.errors import share
 from attlas.models.backbone import Head, classifier
 from attlas.models.key_maps import linear, rename
 from attlas.models.pyramid import Pyramid
@@ -217,7 +218,7 @@ def ghostnetv2(
             Head(tail, 0),
             nn.Linear(tail, hidden),
             nn.ReLU(),
-            nn.Dropout(drop),
+            nn.Dropout(share("drop", drop)),
             classifier(hidden, num_classes),
         )
     return Pyramid(downsamples, built, head, in_chans=in_chans, channels=channels, strides=STRIDES)

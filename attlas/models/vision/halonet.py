@@ -39,6 +39,7 @@ from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 STEM = 64
@@ -86,7 +87,17 @@ TIMM: Mapping[str, Any] = {
 
 
 def from_timm(state: State, model: nn.Module) -> State:
-    """The names of timm's residual networks with attention."""
+    """The names of timm's residual networks with attention.
+
+    Raises:
+        BadInput: attention with a stride, which means something else there.
+    """
+    strided = [key for key, layer in model.named_modules() if isinstance(layer, AttendMap) and layer.stride > 1]
+    if strided:
+        raise BadInput(
+            f"{strided[0]} is attention with a stride, where timm counts the places of the queries that are kept one "
+            "by one: its weights mean something else; what can be loaded is a layout like that of halonet50ts"
+        )
     state = rename(
         state,
         (
@@ -159,7 +170,7 @@ def halonet(
         block, halo: of the mixer `halonet`.
         last: d_f, channels of a last convolution; None for none.
         tiered: whether the stem has three convolutions instead of one.
-        mixer: the mechanism of each stage.
+        mixer: the mechanism of each stage, whose layers are counted from the start of the stage.
         mixer_settings: of the mechanisms.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
@@ -169,6 +180,7 @@ def halonet(
     wrong = [letters for letters in layout if set(letters) - set("ca")]
     if wrong:
         raise BadInput(f"layout has a letter per block, 'c' for a convolution or 'a' for the mixer, got {wrong}")
+    check_stages(layout=layout, dims=dims[: len(layout)], heads=heads[: len(layout)])
     names = per_stage(mixer, len(layout))
     rates = rising(drop_path, [len(letters) for letters in layout])
     sizes = map_sizes(img_size, STRIDES[: len(layout)])
@@ -184,7 +196,13 @@ def halonet(
                 after: list[nn.Module] = []
             else:
                 own = {"block": block, "halo": halo, "border": "zeros"} if names[i] == "halonet" else {}
-                settings = {"grid": Grid(sizes[i - 1] if stride > 1 else sizes[i]), **own, **(mixer_settings or {})}
+                settings = {
+                    "grid": Grid(sizes[i - 1] if stride > 1 else sizes[i]),
+                    "layer": letters[:j].count("a"),
+                    "layers": letters.count("a"),
+                    **own,
+                    **(mixer_settings or {}),
+                }
                 if issubclass(resolve(names[i])[0], Attend):
                     size = dims[i] // heads[i]
                     leaving = heads[i] * int(values * size)

@@ -31,8 +31,9 @@ from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.mechanisms.local_sparse.hat import Hat
+from attlas.models.backbone import start_published
 from attlas.models.key_maps import QKV, linear, rename, split
-from attlas.models.mixers import Mixers, per_stage, picture_size, stage_mixers
+from attlas.models.mixers import Mixers, Settings, per_stage, picture_size, settings_per_stage, stage_mixers
 from attlas.models.registry import State, published
 from attlas.models.restoration import Restorer
 from attlas.ops.channel_attention import ChannelConvs
@@ -152,11 +153,15 @@ def from_official(state: State, model: nn.Module) -> State:
     assert isinstance(model, HAT)
     blocks = model.groups[0].stage.blocks
     for key, table_TH in list(state.items()):
-        if key.endswith("overlap_attn.relative_position_bias_table"):
-            state[key] = _overlapping_bias(table_TH, blocks[-1].mixer.attend)
-        elif key.endswith("relative_position_bias_table"):
-            side = math.isqrt(len(table_TH))
+        if not key.endswith("relative_position_bias_table") or table_TH.ndim != 2:
+            continue
+        side = math.isqrt(len(table_TH))
+        if side * side != len(table_TH):
+            raise BadInput(f"{key} has a number for each offset in a square window, got {len(table_TH)} numbers")
+        if "overlap_attn" not in key:
             state[key] = table_TH.T.unflatten(1, (side, side)).flip(1, 2)
+        elif isinstance(last := getattr(blocks[-1].mixer, "attend", None), Hat):
+            state[key] = _overlapping_bias(key, table_TH, last)
     state = split(linear(state, r"\.attention\."), "attn.qkv", tuple(f"attn.{name}" for name in QKV))
     return rename(
         state,
@@ -182,10 +187,12 @@ def from_official(state: State, model: nn.Module) -> State:
     )
 
 
-def _overlapping_bias(table_TH: Tensor, attend: Hat) -> Tensor:
+def _overlapping_bias(key: str, table_TH: Tensor, attend: Hat) -> Tensor:
     """The published rows, which are counted from a negative number, by offset key - query."""
     window, halo = attend.window[0], attend.halo[0]
     side = 2 * (window + halo) - 1
+    if len(table_TH) != side * side:
+        raise BadInput(f"{key} is of other windows: {side * side} offsets here, {len(table_TH)} in the checkpoint")
     entry = torch.arange(side) + 2 - window - 2 * halo
     rows = (entry.unsqueeze(1) * side + entry) % len(table_TH)
     return table_TH.T[:, rows]
@@ -210,7 +217,7 @@ def hat(
     window: int = 16,
     features: int = 64,
     mixer: Mixers = "swin",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     overlapping: str | None = "hat",
     drop_path: float = 0.1,
     scale: int = 4,
@@ -227,7 +234,7 @@ def hat(
         window: places of a window; sides of pictures are made multiples of it.
         features: channels while enlarging.
         mixer: the mechanism of the hybrid blocks, one for all groups or one for each.
-        mixer_settings: of that mechanism; the window by default where it is `swin`.
+        mixer_settings: of that mechanism, for all groups or for each; `swin` has the window where they say nothing.
         overlapping: the mechanism of the block after them; None for no such block.
         drop_path: rate of the last hybrid block.
         scale: pixels that come out for one, on each side: 3 or a power of 2.
@@ -236,20 +243,23 @@ def hat(
     """
     grid = Grid(tuple(side + -side % window for side in picture_size(img_size)))
     names, rates = per_stage(mixer, groups), rising(drop_path, [depth] * groups)
+    given = settings_per_stage(mixer_settings, groups)
 
     def blocks(group: int) -> list[nn.Module]:
         name = names[group]
-        settings = {"window": window} if mixer_settings is None and name == "swin" else mixer_settings
-        mixers = stage_mixers(name, depth, dim, heads, grid, settings, first=group * depth, layers=groups * depth)
+        settings = {**({"window": window} if name == "swin" else {}), **given[group]}
+        even = depth + depth % 2  # windows of every group's first block are not shifted
+        mixers = stage_mixers(name, depth, dim, heads, grid, settings, first=group * even, layers=groups * even)
         made: list[nn.Module] = [
             HybridBlock(each, ChannelConvs(dim, dim // compress, dim // squeeze), Mlp(dim, 2 * dim), rate)
             for each, rate in zip(mixers, rates[group], strict=True)
         ]
         if overlapping is not None:
-            settings = {"window": window} if overlapping == "hat" else None
-            (last,) = stage_mixers(overlapping, 1, dim, heads, grid, settings)
+            own = {"window": window} if overlapping == "hat" else {}
+            (last,) = stage_mixers(overlapping, 1, dim, heads, grid, own)
             made.append(MetaFormerBlock(last, Mlp(dim, 2 * dim)))
         return made
 
     made = [Group(blocks(group), dim) for group in range(groups)]
-    return HAT(made, dim, features=features, in_chans=in_chans, scale=scale, multiple=window)
+    net = HAT(made, dim, features=features, in_chans=in_chans, scale=scale, multiple=window)
+    return start_published(net)

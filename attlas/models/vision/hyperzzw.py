@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.blocks.stage import TokenStage
-from attlas.core.errors import share
+from attlas.core.errors import BadInput, share
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Backbone, Head
-from attlas.models.mixers import Mixers, per_stage, picture_size, stage_mixers
+from attlas.models.mixers import Mixers, Settings, per_stage, picture_size, settings_per_stage, stage_mixers
 from attlas.models.registry import published
 from attlas.ops.batch_norm import TokenBatchNorm
 from attlas.ops.precision import wide
@@ -46,7 +46,7 @@ SMALL: Mapping[str, int] = {
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "terminator_cifar10": {"factors": (4, 3, 2, 2, 2)},
-    "terminator_micro": {"factors": (4, 2), "mixer_settings": SMALL},
+    "terminator_micro": {"factors": (4, 2), "slow": SMALL},
 }
 
 
@@ -141,7 +141,8 @@ def terminator(
     *,
     factors: Sequence[int],
     mixer: Mixers = "hyperzzw",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
+    slow: Mapping[str, int] | None = None,
     drop_path: float = 0.0,
     num_classes: int = 10,
     in_chans: int = 3,
@@ -152,18 +153,22 @@ def terminator(
     Args:
         factors: how many times more channels each block gives than it gets.
         mixer: the mechanism, one or one for each block; it may have heads of 32 channels.
-        mixer_settings: of the mechanisms; the global kernel of `hyperzzw` has one layer more in the first block.
+        mixer_settings: of the mechanisms, for all blocks or for each; the global kernel of `hyperzzw` has one layer
+            more in the first block.
+        slow: settings of `hyperzzw` alone, the sizes of its slow nets.
         drop_path: rate of channels that are dropped behind each block; there is no residual path.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: of the pictures inside, square for `hyperzzw`.
     """
+    if not factors or min(factors) < 1:
+        raise BadInput(f"factors name the channels of one block at least, each at least 1, got {list(factors)}")
     size, names = picture_size(img_size), per_stage(mixer, len(factors))
+    given = settings_per_stage(mixer_settings, len(factors))
     blocks, dims, dim = [], [], in_chans
     for index, (name, factor) in enumerate(zip(names, factors, strict=True)):
-        settings = dict(mixer_settings or {})
-        if name == "hyperzzw":
-            settings = {"global_layers": 3 if index == 0 else 2, **settings}
+        own = {"global_layers": 3 if index == 0 else 2, **(slow or {})} if name == "hyperzzw" else {}
+        settings = {**own, **given[index]}
         heads = max(1, dim // HEAD_DIM)
         (each,) = stage_mixers(name, 1, dim, heads, Grid(size), settings, first=index, layers=len(factors))
         blocks.append(TokenStage([SlowFastBlock(each, factor * dim, drop_path)]))

@@ -17,11 +17,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Patches
+from attlas.blocks.embed import Patches, with_prefix
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import SwiGLU, llama_width
 from attlas.blocks.positions import Rotary
@@ -29,9 +28,10 @@ from attlas.blocks.stage import Stage
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.mechanisms.softmax.illama import ILlama
+from attlas.models.backbone import start_published
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import QKV, in_stages, rename, split
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.key_maps import QKV, in_stages, rename, split, tables
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import State, published
 from attlas.ops.maps import to_map, to_tokens
 
@@ -52,8 +52,7 @@ class Decoder(Isotropic):
         assert self.prefix is not None
         assert self.places is not None
         x_BNC, grid = to_tokens(self.embed(image_BCHW))
-        x_BNC = torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1)
-        x_BNC = self.drop(self.places(x_BNC, Grid(grid.shape, 1))).roll(-1, 1)
+        x_BNC = self.drop(self.places(with_prefix(self.prefix, x_BNC), Grid(grid.shape, 1))).roll(-1, 1)
         for stage in self.stages:
             assert isinstance(stage, Stage)
             x_BNC = stage.run(x_BNC, Grid(x_BNC.shape[1:2]))
@@ -93,12 +92,15 @@ def from_official(state: State, model: nn.Module) -> State:
             (r"\.mlp\.fc3\.", ".mlp.value."),
         ),
     )
-    state["prefix"] = state["prefix"].flatten(0, 1)
-    state["places.weight"] = state["places.weight"].flatten(0, 1).roll(1, 0)
-    rotary = next(module for module in model.modules() if isinstance(module, Rotary))
+    state = tables(state, "prefix", "places.weight")
+    if "places.weight" in state:
+        state["places.weight"] = state["places.weight"].roll(1, 0)
+    turned = next((module.head_dim for module in model.modules() if isinstance(module, Rotary)), 0)
     for key, value in state.items():
-        if "q_proj" in key or "k_proj" in key:
-            state[key] = value.unflatten(0, (-1, rotary.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        if turned and ("q_proj" in key or "k_proj" in key):
+            if len(value) % turned:
+                raise BadInput(f"{key} has heads of {turned} channels, got the shape {tuple(value.shape)}")
+            state[key] = value.unflatten(0, (-1, turned // 2, 2)).transpose(1, 2).flatten(0, 2)
     return in_stages(state, model.depths)
 
 
@@ -134,8 +136,7 @@ def illama(
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the patch.
     """
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch), prefix=1)
+    grid = patch_grid(img_size, patch, prefix=1)
     norm = partial(nn.RMSNorm, eps=1e-6)
     rotary = {"position": Rotary(dim // heads)}
     mixers = stage_mixers(mixer, depth, dim, heads, Grid((grid.tokens,)), {**rotary, **(mixer_settings or {})})
@@ -144,7 +145,7 @@ def illama(
         MetaFormerBlock(each, SwiGLU(dim, llama_width(dim)), norm=norm, drop_path=rate)
         for each, rate in zip(mixers, rates, strict=True)
     ]
-    return Decoder(
+    net = Decoder(
         Patches(in_chans, dim, patch),
         blocks,
         dim=dim,
@@ -154,3 +155,4 @@ def illama(
         num_classes=num_classes,
         in_chans=in_chans,
     )
+    return start_published(net)

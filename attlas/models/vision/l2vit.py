@@ -33,10 +33,12 @@ from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
-from attlas.models.key_maps import QKV, rename, split
+from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import CLASSIFIER, LAST_NORM, unfused
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 
@@ -82,25 +84,25 @@ class GlobalBlock(nn.Module):
 def from_official(state: State, model: nn.Module) -> State:
     """The names of ChuanyangZheng/L2ViT, whose norm before the MLP is the second one in all blocks."""
     return rename(
-        split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV)),
+        unfused(state),
         (
             *((rf"^downsample_layers\.0\.proj\.proj\.{3 * i}\.", f"downsamples.0.convs.{i}.") for i in range(2)),
             *((rf"^downsample_layers\.0\.proj\.proj\.{3 * i + 1}\.", f"downsamples.0.norms.{i}.") for i in range(2)),
             (r"^downsample_layers\.0\.norm\.", "downsamples.0.after."),
             (r"^downsample_layers\.(\d)\.norm\.", r"downsamples.\1.before."),
             (r"^downsample_layers\.(\d)\.proj\.", r"downsamples.\1.conv."),
-            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-            (r"^(stages\.\d\.blocks\.\d*[13579]\.)norm2\.", r"\1third."),
-            (r"\.norm3\.", ".norm2."),
+            (r"^(stages\.\d\.\d*[13579]\.)norm2\.", r"\1third."),
+            (r"^(stages\.\d\.\d+\.)norm3\.", r"\1norm2."),
             (r"\.third\.", ".norm3."),
+            (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
             (r"\.attn\.temperature$", ".mixer.attend.temperature"),
             (r"\.attn\.proj\.", ".mixer.out_proj."),
             (r"\.cpe\.0\.proj\.", ".position1.conv."),
             (r"\.cpe\.1\.proj\.", ".position2.conv."),
             (r"\.local_mp\.bn\.", ".local.norm."),
             (r"\.local_mp\.", ".local."),
-            (r"^norm\.", "head.before."),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            LAST_NORM,
+            CLASSIFIER,
         ),
     )
 
@@ -137,6 +139,7 @@ def l2vit(
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(dims=dims, depths=depths, heads=heads)
     names, rates = per_stage(mixer, len(dims)), rising(drop_path, depths)
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):

@@ -26,12 +26,15 @@ from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import ConvMlp
 from attlas.blocks.norms import MapLayerNorm
 from attlas.blocks.stage import TokenStage
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.models.backbone import Head
 from attlas.models.key_maps import rename
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import BETWEEN, CLASSIFIER, LAST_NORM
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 MIXING = (2, 3)
@@ -66,15 +69,13 @@ class MlpBlock(nn.Module):
 
 def from_official(state: State, model: nn.Module) -> State:
     """The names of ziplab/LITv2."""
-    between = tuple(
-        (rf"^layers\.{i}\.downsample\.{theirs}\.", f"downsamples.{i + 1}.{ours}.")
-        for i in range(3)
-        for theirs, ours in ((r"dconv\.conv_offset", "offset"), ("dconv", "conv"), ("norm_layer", "norm"))
-    )
     return rename(
         state,
         (
-            *between,
+            *BETWEEN,
+            (r"^(downsamples\.\d\.)dconv\.conv_offset\.", r"\1offset."),
+            (r"^(downsamples\.\d\.)dconv\.", r"\1conv."),
+            (r"^(downsamples\.\d\.)norm_layer\.", r"\1norm."),
             (r"^patch_embed\.proj\.", "downsamples.0.conv."),
             (r"^patch_embed\.norm\.", "downsamples.0.after."),
             (r"^layers\.", "stages."),
@@ -83,8 +84,8 @@ def from_official(state: State, model: nn.Module) -> State:
             (r"\.attn\.l_", ".mixer.low_"),
             (r"\.attn\.h_", ".mixer.high_"),
             (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
-            (r"^norm\.", "head.before."),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            LAST_NORM,
+            CLASSIFIER,
         ),
     )
 
@@ -115,7 +116,8 @@ def litv2(
     Args:
         depths, heads: blocks of each stage and heads of its mixers.
         dim: channels of the first stage, doubled in each that follows.
-        windows: places of a window on either axis in the last two stages, where the mixer is `hilo`.
+        windows: places of a window on either axis in the last two stages, where the mixer is `hilo`; at most those of
+            the map, that of a picture at the call too.
         alpha: share of the heads that are low, where the mixer is `hilo`.
         mixer: the mechanism of the last two stages, or one for each of the two.
         mixer_settings: of the mechanisms.
@@ -124,6 +126,8 @@ def litv2(
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(4, depths=depths, heads=heads)
+    check_stages(len(MIXING), len(MIXING), windows=windows)
     names, rates = per_stage(mixer, len(MIXING)), rising(drop_path, depths)
     dims = [dim * 2**i for i in range(len(depths))]
     stages: list[nn.Module] = []
@@ -132,10 +136,13 @@ def litv2(
             stages.append(TokenStage(MlpBlock(dims[i], rate) for rate in rates[i]))
             continue
         name, window = names[i - MIXING[0]], windows[i - MIXING[0]]
+        if name == "hilo" and window > min(size):
+            raise BadInput(
+                f"windows of {window} places are larger than the map of stage {i}, {size[0]} x {size[1]}: larger "
+                "pictures (img_size=), or windows=(1, 1), in which all heads are low"
+            )
         settings = {**({"window": window, "alpha": alpha} if name == "hilo" else {}), **(mixer_settings or {})}
-        mixers = stage_mixers(
-            name, depths[i], dims[i], heads[i], Grid(size), settings, first=sum(depths[:i]), layers=sum(depths)
-        )
+        mixers = stage_mixers(name, depths[i], dims[i], heads[i], Grid(size), settings)
         stages.append(
             TokenStage(
                 MetaFormerBlock(each, ConvMlp(dims[i], 4 * dims[i]), drop_path=rate)

@@ -4,7 +4,9 @@
 
 (`LookupBlock`). p starts as l, its learned places included, resized bilinearly to m x m; from there on both are
 streams of their own. The same weights serve every m: `network.embed.size = 5` sets another one, which trades
-accuracy for time. Each stream votes with a linear map of its mean, and the logits are the mean of the votes.
+accuracy for time. The second feature map has m x m places whatever the picture is; its stride in `strides` is that
+of the height as built, rounded up. Each stream votes with a linear map of its mean, and the logits are the mean of the
+votes.
 
 Source: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens", 2024
 (arXiv:2407.12753), which has no official code. A reconstruction: the widths are those of ViT-B; that both streams
@@ -27,7 +29,8 @@ from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.backbone import start_published
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import published
 from attlas.models.two_branch import BranchHead, Grids, Pair, PairStage, TwoBranch
 from attlas.ops.maps import to_map, to_tokens
@@ -101,9 +104,9 @@ def lookupvit(
     """
     if not 1 <= bottleneck <= dim:
         raise BadInput(f"bottleneck divides the {dim} channels, got {bottleneck}")
-    height, width = picture_size(img_size)
+    grid = patch_grid(img_size, patch)
     norm = partial(nn.LayerNorm, eps=1e-6)
-    embed = TwoResolutions(Patches(in_chans, dim, patch), Places(dim, Grid((height // patch, width // patch))), size)
+    embed = TwoResolutions(Patches(in_chans, dim, patch), Places(dim, grid), size)
     (rates,) = rising(drop_path, [depth])
     blocks = [
         LookupBlock(
@@ -118,13 +121,14 @@ def lookupvit(
         )
     ]
     head = BranchHead((dim, dim), num_classes, pool="mean")
-    return TwoBranch(
+    net = TwoBranch(
         embed,
         [PairStage(blocks)],
         [norm(dim), norm(dim)],
         head,
         in_chans=in_chans,
         channels=(dim, dim),
-        strides=(patch, -(-height // size)),
+        strides=(patch, -(-patch * grid.shape[0] // size)),
         num_features=head.num_features,
     )
+    return start_published(net)

@@ -18,19 +18,16 @@ from typing import Any
 
 from torch import nn
 
-from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Downsample
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.norms import MapLayerNorm
-from attlas.blocks.stage import TokenStage
-from attlas.core.grid import Grid
-from attlas.models.backbone import Head, classifier
+from attlas.models.backbone import Head, classifier, start_published
 from attlas.models.key_maps import rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, doubling, map_sizes, token_stages
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 
-STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32
 EPS = 1e-6
 
@@ -96,7 +93,7 @@ def mambaout(
     depths: Sequence[int],
     dims: Sequence[int],
     mixer: Mixers = "mambaout",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -107,13 +104,14 @@ def mambaout(
     Args:
         depths, dims: blocks and channels of each stage.
         mixer: the mechanism, one for all stages or one for each.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for all stages or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features, without the head's MLP.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names, rates = per_stage(mixer, len(depths)), rising(drop_path, depths)
+    check_stages(depths=depths, dims=dims)
+    strides = doubling(4, len(dims))
     norm, map_norm = partial(nn.LayerNorm, eps=EPS), partial(MapLayerNorm, eps=EPS)
     stem = nn.Sequential(
         Downsample(in_chans, dims[0] // 2, 3, 2, after=map_norm),
@@ -121,26 +119,19 @@ def mambaout(
         Downsample(dims[0] // 2, dims[0], 3, 2, after=map_norm),
     )
     downsamples = [stem, *(Downsample(dims[i - 1], dims[i], 3, 2, after=map_norm) for i in range(1, len(dims)))]
-    stages = []
-    for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
-        mixers = stage_mixers(
-            names[i],
-            depths[i],
-            dims[i],
-            max(1, dims[i] // HEAD_DIM),
-            Grid(size),
-            mixer_settings,
-            first=sum(depths[:i]),
-            layers=sum(depths),
-        )
-        stages.append(
-            TokenStage(
-                MetaFormerBlock(each, None, norm=norm, drop_path=rate)
-                for each, rate in zip(mixers, rates[i], strict=True)
-            )
-        )
+    stages = token_stages(
+        mixer,
+        depths,
+        dims,
+        [max(1, dim // HEAD_DIM) for dim in dims],
+        map_sizes(img_size, strides),
+        lambda each, rate: MetaFormerBlock(each, None, norm=norm, drop_path=rate),
+        settings=mixer_settings,
+        drop_path=drop_path,
+    )
     dim = dims[-1]
     head: nn.Module = Head(dim, 0, after=norm)
     if num_classes:
         head = nn.Sequential(head, nn.Linear(dim, 4 * dim), nn.GELU(), norm(4 * dim), classifier(4 * dim, num_classes))
-    return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
+    net = Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=strides)
+    return start_published(net, kinds=(nn.Linear, nn.Conv2d), own=["mambaout"])

@@ -33,7 +33,7 @@ from attlas.blocks.stage import TokenStage
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, picture_size, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, per_stage, picture_size, settings_per_stage, stage_mixers
 from attlas.models.registry import State, published
 from attlas.models.restoration import Restorer
 from attlas.models.u_shaped import UShaped
@@ -346,7 +346,7 @@ def maxim(
     fine: int = 16,
     coarse: int = 8,
     mixer: Mixers = "maxim",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     in_chans: int = 3,
     img_size: int | tuple[int, int] = 256,
@@ -361,7 +361,7 @@ def maxim(
         fine, coarse: sides of blocks, and blocks on each axis, in the two finer levels and further below.
         mixer: the mechanism, one for all or one for each of the three levels and the bottleneck; they may have heads of
             32 channels.
-        mixer_settings: of the mechanisms; sides as above by default where it is `maxim`.
+        mixer_settings: of the mechanisms, for all or for each; sides of `maxim` are as above where they say nothing.
         drop_path: rate of every block's last in a U.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
@@ -371,16 +371,15 @@ def maxim(
     dims = (features, 2 * features, 4 * features)
     sides = (fine, fine, coarse, coarse)
     multiple = math.lcm(*(side * 2**level for level, side in enumerate(sides)))
-    names = per_stage(mixer, 4)
+    names, given = per_stage(mixer, 4), settings_per_stage(mixer_settings, 4)
     height, width = (side + -side % multiple for side in picture_size(img_size))
     grids = [Grid(size) for size in map_sizes((height, width), (1, 2, 4, 8))]
     rates = rising(drop_path, [depth] * 8)
 
     def blocks(level: int, place: int) -> list[nn.Module]:
         name, dim = names[level], dims[min(level, 2)]
-        settings = mixer_settings
-        if settings is None and name == "maxim":
-            settings = {"cells": sides[level], "block": sides[level]}
+        own = {"cells": sides[level], "block": sides[level]} if name == "maxim" else {}
+        settings = {**own, **given[level]}
         heads = max(1, dim // HEAD_DIM)
         mixers = stage_mixers(name, depth, dim, heads, grids[level], settings, first=place * depth, layers=8 * depth)
         return [

@@ -29,9 +29,10 @@ from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.models.backbone import Head
 from attlas.models.key_maps import linear, rename, split
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, per_stage, settings_per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 OWN = ("moh_aggregated", "moh_aggregated", "moh_aggregated", "moh_cosine")
@@ -109,7 +110,7 @@ def moh_vit(
     active: Sequence[int],
     balance: float = 0.01,
     mixer: Mixers = OWN,
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -122,13 +123,15 @@ def moh_vit(
         shared, active: heads of each stage that are always on, and how many of the others a token picks.
         balance: coefficient of the balance loss, the mean over blocks in which heads are picked.
         mixer: the mechanism of each stage.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for all stages or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, the ruler of distances.
     """
+    check_stages(depths=depths, dims=dims, heads=heads, shared=shared, active=active)
     names, rates, sizes = per_stage(mixer, len(depths)), rising(drop_path, depths), map_sizes(img_size, STRIDES)
+    given = settings_per_stage(mixer_settings, len(depths))
     picking = sum(depth for depth, count in zip(depths, active, strict=True) if count)
     norm = partial(nn.LayerNorm, eps=1e-6)
     downsamples, stages = [], []
@@ -147,9 +150,7 @@ def moh_vit(
             dim,
             heads[i],
             Grid(sizes[i]),
-            {**own, **(mixer_settings or {})},
-            first=sum(depths[:i]),
-            layers=sum(depths),
+            {**own, **given[i]},
         )
         blocks = [
             MetaFormerBlock(each, ConvGLU(dim, 2 * RATIOS[i] * dim // 3), norm=norm, drop_path=rate)

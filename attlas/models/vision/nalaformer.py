@@ -67,7 +67,7 @@ def nalaformer(
         scales: starting value of the layer scales in each stage.
         features: channels that the classifier reads.
         mixer: the mechanism of each stage. "softmax" has the turn, the convolution, the norm and the gate.
-        mixer_settings: of the mechanisms, that softmax attention apart.
+        mixer_settings: of the mechanisms; softmax attention has them where every stage has softmax attention.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.

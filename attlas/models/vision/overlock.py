@@ -35,11 +35,12 @@ from attlas.blocks.drop_path import DropPath, rising
 from attlas.blocks.embed import Downsample
 from attlas.blocks.metaformer import ConvPosition
 from attlas.blocks.stage import TokenStage
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Backbone, classifier
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, per_stage, settings_per_stage, stage_mixers
 from attlas.models.registry import State, published
 from attlas.ops.batch_norm import TokenBatchNorm
 from attlas.ops.channel_attention import ChannelAttention
@@ -227,14 +228,17 @@ def from_official(state: State, model: nn.Module) -> State:
     """The names of LMMMEng/OverLoCK, merged where the network is; its auxiliary head is left out."""
     state = {key: value for key, value in state.items() if not key.startswith("aux_head.")}
     flat = {key: value.flatten() if re.search(VECTORS, key) else value for key, value in state.items()}
-    kernels = {key.removesuffix(".weight"): len(value[0, 0]) for key, value in flat.items() if "lk_origin.w" in key}
+    kernels = {key.removesuffix(".weight"): value.shape[-1] for key, value in flat.items() if "lk_origin.w" in key}
     named = {}
     for key, value in flat.items():
         large = f"{key.split('dil_')[0]}lk_origin"
         small = re.search(r"dil_(conv|bn)_k(\d+)_(\d+)", key)
         if small is not None:
             kind, branch = small[1], (int(small[2]), int(small[3]))
-            place = 1 + BRANCHES[kernels[large]].index(branch)
+            branches = BRANCHES.get(kernels.get(large, 0), ())
+            if branch not in branches:
+                raise BadInput(f"{key} is no branch of {large}, which has {branches}")
+            place = 1 + branches.index(branch)
             key = key.replace(small[0], f"{'convs' if kind == 'conv' else 'norms'}.{place}")
         elif "lk_origin" in key:
             merged = f"{key.rpartition('.')[0]}.bias" in flat
@@ -323,7 +327,7 @@ def overlock(
     kernels: Sequence[int] = (17, 15, 13, 7),
     projection: int = 1024,
     mixer: Mixers = "overlock",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -339,13 +343,14 @@ def overlock(
         kernels: taps of the large convolutions of each stage on each axis.
         projection: channels before the classifier.
         mixer: the mechanism of the focus, one or one for each of its two stages.
-        mixer_settings: of the mechanisms; as published by default where it is `overlock`.
+        mixer_settings: of the mechanisms, for both stages or for each; context and kernel of `overlock` are as
+            published where they say nothing.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    context, names = dims[3] // 4, per_stage(mixer, 2)
+    context, names, given = dims[3] // 4, per_stage(mixer, 2), settings_per_stage(mixer_settings, 2)
     *rates, first, second = rising(drop_path, [*depths, *focus])
     half = dims[0] // 2
     stem = nn.Sequential()
@@ -358,14 +363,11 @@ def overlock(
     looks = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[2:])):
         dim = dims[2 + i] + context
-        settings, count = mixer_settings, heads[i]
-        if settings is None and names[i] == "overlock":
-            settings = {"context": context, "kernel": kernels[2 + i]}
+        own: dict[str, Any] = {"context": context, "kernel": kernels[2 + i]}
+        count = heads[i]
         if names[i] != "overlock":
-            count = math.gcd(dim, count)
-        mixers = stage_mixers(
-            names[i], focus[i], dim, count, Grid(size), settings, first=sum(focus[:i]), layers=sum(focus)
-        )
+            own, count = {}, math.gcd(dim, count)
+        mixers = stage_mixers(names[i], focus[i], dim, count, Grid(size), {**own, **given[i]})
         looks.append(
             TokenStage(
                 FocusBlock(each, 3 * dims[2 + i], context, i == index == 0, rate)

@@ -29,15 +29,18 @@ from attlas.blocks.embed import Downsample
 from attlas.blocks.norms import MapLayerNorm
 from attlas.blocks.positions import Position
 from attlas.blocks.stage import Stage
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.models.backbone import classifier
 from attlas.models.key_maps import QKV, rename, split
-from attlas.models.mixers import map_sizes, stage_mixers
+from attlas.models.mixers import sizes_after, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
 from attlas.ops.maps import to_map, to_tokens
 
 STRIDES = (4, 8, 16, 32)
+PATCHES = ((4, 4, 0), (2, 2, 0), (2, 2, 0), (2, 2, 0))
+"""Kernel, stride and padding of the stem and of each step between two stages."""
 HIDDEN = 1280
 NEAR, MOST, FAR = 20, 40, 160
 """Distances that have a number each, numbers in all for one sign, and the distance that has the last one."""
@@ -83,7 +86,13 @@ class StyleGate(nn.Module):
         self.gate_norm, self.norm = nn.BatchNorm2d(dim), nn.BatchNorm2d(dim)
 
     def forward(self, w_BCHW: Tensor) -> Tensor:
-        """Gate."""
+        """Gate.
+
+        Raises:
+            BadInput: one picture in training, of which a batch norm has no statistics.
+        """
+        if self.training and len(w_BCHW) < 2:
+            raise BadInput("gates are normalised over the pictures of a batch: train with 2 at least, or call eval()")
         w_BCN = w_BCHW.flatten(2)
         spread = w_BCN.std(-1, correction=min(1, w_BCN.shape[-1] - 1))
         style = torch.stack([w_BCN.mean(-1), spread], -1).unsqueeze(2)
@@ -245,7 +254,7 @@ def patnet(
         img_size: that it is trained on, for mechanisms that depend on it.
     """
     dims = [dim * 2**i for i in range(len(depths))]
-    rates, sizes = rising(drop_path, depths), map_sizes(img_size, STRIDES)
+    rates, sizes = rising(drop_path, depths), sizes_after(img_size, PATCHES[: len(dims)])
     downsamples = [
         Downsample(dims[i - 1], dims[i], 2, 2, after=nn.BatchNorm2d, bias=False)
         if i

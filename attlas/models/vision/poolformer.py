@@ -18,20 +18,17 @@ from typing import Any
 
 from torch import nn
 
-from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Downsample
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.norms import TokenGroupNorm
-from attlas.blocks.stage import TokenStage
-from attlas.core.grid import Grid
-from attlas.models.backbone import Head
+from attlas.models.backbone import Head, start_published
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, doubling, sizes_after, token_stages
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 
-STRIDES = (4, 8, 16, 32)
 HEAD_DIM = 32
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -73,7 +70,7 @@ def metaformer(
     dims: Sequence[int],
     scale: float,
     mixer: Mixers = "softmax",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -85,36 +82,31 @@ def metaformer(
         depths, dims: blocks and channels of each stage.
         scale: starting value of the layer scales.
         mixer: the mechanism of each stage; they may have heads of 32 channels.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for all stages or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names = per_stage(mixer, len(depths))
-    rates = rising(drop_path, depths)
+    check_stages(depths=depths, dims=dims)
+    stem, between = (7, 4, 2), (3, 2, 1)
     widths = (in_chans, *dims)
     downsamples = [
-        Downsample(widths[i], widths[i + 1], 7, 4, padding=2) if i == 0 else Downsample(widths[i], widths[i + 1], 3, 2)
-        for i in range(len(dims))
+        Downsample(widths[i], widths[i + 1], kernel, stride, padding=padding)
+        for i, (kernel, stride, padding) in enumerate([stem, *[between] * (len(dims) - 1)])
     ]
-    stages = []
-    for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
-        mixers = stage_mixers(
-            names[i],
-            depths[i],
-            dims[i],
-            max(1, dims[i] // HEAD_DIM),
-            Grid(size),
-            mixer_settings,
-            first=sum(depths[:i]),
-            layers=sum(depths),
-        )
-        stages.append(
-            TokenStage(
-                MetaFormerBlock(each, Mlp(dims[i], 4 * dims[i]), norm=TokenGroupNorm, scale=scale, drop_path=rate)
-                for each, rate in zip(mixers, rates[i], strict=True)
-            )
-        )
+    stages = token_stages(
+        mixer,
+        depths,
+        dims,
+        [max(1, dim // HEAD_DIM) for dim in dims],
+        sizes_after(img_size, [stem, *[between] * (len(dims) - 1)]),
+        lambda each, rate: MetaFormerBlock(
+            each, Mlp(each.site.dim, 4 * each.site.dim), norm=TokenGroupNorm, scale=scale, drop_path=rate
+        ),
+        settings=mixer_settings,
+        drop_path=drop_path,
+    )
     head = Head(dims[-1], num_classes, before=lambda dim: nn.GroupNorm(1, dim))
-    return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
+    strides = doubling(4, len(dims))
+    return start_published(Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=strides))

@@ -24,8 +24,6 @@ from torch import nn
 from attlas.blocks.conv_stem import ConvStem
 from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Downsample
-from attlas.blocks.factory import make_attend
-from attlas.blocks.local_enhancement import LocallyEnhanced
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import ConvMlp
 from attlas.blocks.stage import TokenStage
@@ -36,6 +34,8 @@ from attlas.models.key_maps import QKV, linear, rename, split
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import BETWEEN, CLASSIFIER
+from attlas.models.stages import check_stages, enhanced_softmax
 
 STRIDES = (4, 8, 16, 32)
 
@@ -72,7 +72,7 @@ def from_official(state: State, model: nn.Module) -> State:
     state = {key: value for key, value in state.items() if not key.endswith("RoPE.angle")}
     state = linear(state, r"(attn\.(qkvo|proj)|ffn\.fc\d|^head)\.weight$")
     state = {key: value.flatten() if "gamma_" in key else value for key, value in state.items()}
-    state = rename(state, tuple((rf"^layers\.{i}\.downsample\.", f"downsamples.{i + 1}.") for i in range(3)))
+    state = rename(state, BETWEEN)
     own = sorted({key.split(".")[1] for key in model.state_dict() if ".attend.lepe." in key})
     state = rename(
         state,
@@ -95,7 +95,7 @@ def from_official(state: State, model: nn.Module) -> State:
             (r"\.ffn\.", ".mlp."),
             (r"^proj\.", "head.before.0."),
             (r"^norm\.", "head.before.1."),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            CLASSIFIER,
         ),
     )
     return split(state, "fused", (*QKV, "gate_proj"))
@@ -131,7 +131,7 @@ def ravlt(
         scales: starting value of the layer scales in each stage.
         features: channels that the classifier reads.
         mixer: the mechanism of each stage. "softmax" has the turn, the convolution and the gate.
-        mixer_settings: of the mechanisms, that softmax attention apart.
+        mixer_settings: of the mechanisms; softmax attention has them where every stage has softmax attention.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
@@ -180,26 +180,24 @@ def gated_pyramid(
         depths, dims, heads, mlp_ratio, scales, features, mixer, mixer_settings: see `ravlt`.
         drop_path, num_classes, in_chans, img_size: see `ravlt`.
     """
+    check_stages(dims=dims, depths=depths, heads=heads, scales=scales[: len(dims)])
     names, rates = per_stage(mixer, len(dims)), rising(drop_path, depths)
+    shared = mixer_settings if set(names) == {"softmax"} else None
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
         dim, grid = dims[i], Grid(size)
         mixers: list[Mixer]
         if names[i] == "softmax":
-            mixers = [
-                LocallyEnhanced(make_attend("softmax", heads[i], dim // heads[i], grid=grid), turned=True, **shell)
-                for _ in range(depths[i])
-            ]
+            mixers = enhanced_softmax(depths[i], dim, heads[i], grid, shared, turned=True, **shell)
         else:
-            layers = {"first": sum(depths[:i]), "layers": sum(depths)}
-            mixers = stage_mixers(names[i], depths[i], dim, heads[i], grid, mixer_settings, **layers)
+            mixers = stage_mixers(names[i], depths[i], dim, heads[i], grid, mixer_settings)
         stages.append(
             TokenStage(
                 MetaFormerBlock(
                     each,
                     ConvMlp(dim, int(mlp_ratio * dim), residual=True, late=True),
                     norm=partial(nn.LayerNorm, eps=1e-6),
-                    scale=scales[i],
+                    scale=float(scales[i]),
                     drop_path=rate,
                     positions=positions,
                 )

@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from attlas.blocks.conv_norm import ConvNorm
 from attlas.blocks.drop_path import DropPath, rising
 from attlas.blocks.stage import Stage
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
 from attlas.models.key_maps import rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, per_stage, settings_per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 from attlas.ops.maps import to_map, to_tokens
 
 STRIDES = (4, 8, 16, 32)
@@ -153,7 +155,7 @@ def resnet(
     stem: Sequence[int] = (),
     pooled_shortcut: bool = False,
     mixer: Mixers | None = None,
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     kernels: Sequence[int] | None = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
@@ -168,14 +170,20 @@ def resnet(
         stem: channels of the first two of three convolutions; none for one of 7 x 7.
         pooled_shortcut: whether shortcuts halve the map by means of 2 x 2.
         mixer: the mechanism, one for all stages or one for each; None for a plain ResNet.
-        mixer_settings: of the mechanisms, before `kernels`.
+        mixer_settings: of the mechanisms, for all stages or for each, before `kernels`.
         kernels: of ECA in each stage, where that is the mechanism.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
+    check_stages(depths=depths, dims=dims, kernels=kernels)
+    if mixer is None and mixer_settings:
+        raise BadInput(
+            f"mixer_settings are of mechanisms and there is none, got {mixer_settings!r}: pass mixer= as well"
+        )
     names = None if mixer is None else per_stage(mixer, len(depths))
+    given = settings_per_stage(mixer_settings, len(depths))
     rates, layers = rising(drop_path, depths), sum(depths)
     dim = dims[0]
     convs: list[nn.Module] = [ConvNorm(in_chans, dim, 7, 2)]
@@ -199,8 +207,7 @@ def resnet(
                 channels[i],
                 max(1, channels[i] // HEAD_DIM),
                 Grid(size),
-                {**own, **(mixer_settings or {})},
-                first=sum(depths[:i]),
+                {**own, **given[i]},
                 layers=layers,
             )
         blocks = []
@@ -220,4 +227,8 @@ def resnet(
             dim = channels[i]
         stages.append(Stage(blocks))
     head = Head(dim, num_classes)
-    return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=channels, strides=STRIDES)
+    net = Pyramid(downsamples, stages, head, in_chans=in_chans, channels=channels, strides=STRIDES)
+    for module in net.modules():
+        if isinstance(module, ConvNorm):
+            nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
+    return net

@@ -13,23 +13,21 @@ are not known here either, there is only one small network. Others have their ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attlas.blocks.conv_stem import ConvStem
-from attlas.blocks.drop_path import DropPath, rising
+from attlas.blocks.drop_path import DropPath
 from attlas.blocks.embed import Downsample
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.norms import MapLayerNorm
-from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.models.backbone import Head
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, token_stages
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import published
 from attlas.ops.batch_norm import TokenBatchNorm
@@ -85,7 +83,7 @@ def s2aformer(
     dims: Sequence[int],
     heads: Sequence[int],
     mixer: Mixers = "s2aformer",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -96,29 +94,28 @@ def s2aformer(
     Args:
         depths, dims, heads: blocks, channels and heads of each stage.
         mixer: the mechanism of each stage.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for all stages or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names, rates, sizes = per_stage(mixer, len(depths)), rising(drop_path, depths), map_sizes(img_size, STRIDES)
-    downsamples, stages = [], []
+    stages = token_stages(
+        mixer,
+        depths,
+        dims,
+        heads,
+        map_sizes(img_size, STRIDES[: len(depths)]),
+        HybridBlock,
+        settings=mixer_settings,
+        own=lambda i, name: {"reduction": REDUCTIONS[i]} if name == "s2aformer" else {},
+        drop_path=drop_path,
+    )
+    downsamples = []
     for i, dim in enumerate(dims):
-        step = Downsample(dims[max(0, i - 1)], dim, 3, 2, after=MapLayerNorm)
-        stem = ConvStem(in_chans, (dim,) * 3, (2, 1, 1))
-        downsamples.append(step if i else nn.Sequential(stem, nn.GELU(), step))
-        own = {"reduction": REDUCTIONS[i]} if names[i] == "s2aformer" else {}
-        mixers = stage_mixers(
-            names[i],
-            depths[i],
-            dim,
-            heads[i],
-            Grid(sizes[i]),
-            {**own, **(mixer_settings or {})},
-            first=sum(depths[:i]),
-            layers=sum(depths),
-        )
-        stages.append(TokenStage(HybridBlock(each, rate) for each, rate in zip(mixers, rates[i], strict=True)))
+        step: nn.Module = Downsample(dims[max(0, i - 1)], dim, 3, 2, after=MapLayerNorm)
+        if i == 0:
+            step = nn.Sequential(ConvStem(in_chans, (dim,) * 3, (2, 1, 1)), nn.GELU(), step)
+        downsamples.append(step)
     head = Head(dims[-1], num_classes, before=MapLayerNorm)
     return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)

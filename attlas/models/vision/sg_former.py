@@ -11,8 +11,8 @@ The stem is three 3 x 3 convolutions and a norm; learned vectors that start as s
 1 x 1 convolution, a depthwise 3 x 3 one of stride 2 and another 1 x 1 one lead to the next stage. All of them have
 no bias, and a norm of one group. A layer norm follows every stage.
 
-The official network needs pictures of 224 k pixels; cells, windows and groups at the border are smaller here, and a
-map that is smaller than a window is one.
+The official network needs pictures of 224 k pixels; cells, windows and groups at the border are smaller here. A map
+that is smaller than a window at `img_size` is one; pictures with smaller maps than windows are refused at the call.
 
 Source: Ren et al., "SG-Former: Self-guided Transformer with Evolving Token Reallocation", 2023 (arXiv:2308.12216),
 official code OliverRensu/SG-Former.
@@ -30,8 +30,6 @@ from torch import Tensor, nn
 
 from attlas.blocks.conv_stem import ConvStem
 from attlas.blocks.drop_path import DropPath, rising
-from attlas.blocks.factory import make_attend
-from attlas.blocks.local_enhancement import LocallyEnhanced
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import ConvMlp
 from attlas.blocks.norms import MapLayerNorm
@@ -46,6 +44,8 @@ from attlas.models.key_maps import rename, split
 from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import CLASSIFIER
+from attlas.models.stages import check_stages, enhanced_softmax
 
 STRIDES = (4, 8, 16, 32)
 EPS = 1e-6
@@ -113,11 +113,21 @@ class Pair(nn.Module):
     def __init__(self, mixer: SGFormer, drop_paths: Sequence[float]) -> None:
         super().__init__()
         dim = mixer.site.dim
+        self.window = mixer.hybrid.window
         self.hybrid = Half(mixer.hybrid, dim, drop_paths[0])
         self.guided = Half(mixer.guided, dim, drop_paths[1])
 
     def forward(self, x_BNC: Tensor, grid: Grid) -> Tensor:
-        """Look, then look again where it matters."""
+        """Look, then look again where it matters.
+
+        Raises:
+            BadInput: a map that is smaller than a window.
+        """
+        if min(grid.shape) < self.window:
+            raise BadInput(
+                f"windows of {self.window} places are larger than the map, a {grid}: build the network with img_size= "
+                "of the smallest picture, where windows fit; the weights are the same"
+            )
         mixed_BNC, significance_BN = self.hybrid.mixer(self.hybrid.norm1(x_BNC), grid)
         x_BNC = self.hybrid(x_BNC, mixed_BNC, grid)
         mixed_BNC = self.guided.mixer(self.guided.norm1(x_BNC), significance_BN, grid)
@@ -159,7 +169,7 @@ def from_official(state: State, model: nn.Module) -> State:
             *((rf"^patch_embed{i + 1}\.conv(\d)\.c\.", rf"downsamples.{i}.conv\1.") for i in (1, 2, 3)),
             *((rf"^patch_embed{i + 1}\.conv(\d)\.bn\.", rf"downsamples.{i}.norm\1.") for i in (1, 2, 3)),
             *((rf"^norm{i + 1}\.", f"stages.{i}.norm.") for i in range(4)),
-            (r"^head\.(weight|bias)$", r"head.classifier.\1"),
+            CLASSIFIER,
             (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
             (r"(\.hybrid|\.guided)\.attn\.lepe_linear\.", r"\1.attn.local.proj."),
             (r"(\.hybrid|\.guided)\.attn\.lepe_conv\.", r"\1.attn.local.conv."),
@@ -216,15 +226,17 @@ def sg_former(
         window: places of a window on either axis, where the mixer is `sg_former`.
         reductions: places of a cell on either axis in each stage, where the mixer is `sg_former`.
         mixer: the mechanism of each stage. "softmax" in the last one has the convolution beside it.
-        mixer_settings: of the mechanisms, that softmax attention apart.
+        mixer_settings: of the mechanisms; that softmax attention has them where every stage has softmax attention.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
+    check_stages(dims=dims, depths=depths, heads=heads, reductions=reductions[: len(dims)])
     names, rates, last = per_stage(mixer, len(dims)), rising(drop_path, depths), len(dims) - 1
+    shared = mixer_settings if set(names) == {"softmax"} else None
     stages = []
-    for i, size in enumerate(map_sizes(img_size, STRIDES)):
+    for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
         dim, grid, depth = dims[i], Grid(size), depths[i]
         blocks: list[nn.Module]
         if names[i] == "sg_former":
@@ -236,10 +248,9 @@ def sg_former(
             blocks = [_pair(each, drop_paths) for each, *drop_paths in pairs]
         else:
             if names[i] == "softmax" and i == last:
-                mixers = [_softmax(dim, heads[i], grid) for _ in range(depth)]
+                mixers = enhanced_softmax(depth, dim, heads[i], grid, shared, of="projection", kernel=3)
             else:
-                layers = {"first": sum(depths[:i]), "layers": sum(depths)}
-                mixers = stage_mixers(names[i], depth, dim, heads[i], grid, mixer_settings, **layers)
+                mixers = stage_mixers(names[i], depth, dim, heads[i], grid, mixer_settings)
             blocks = [
                 MetaFormerBlock(
                     each, ConvMlp(dim, 4 * dim, residual=True), norm=partial(nn.LayerNorm, eps=EPS), drop_path=rate
@@ -257,7 +268,3 @@ def sg_former(
 def _pair(mixer: Mixer, drop_paths: Sequence[float]) -> Pair:
     assert isinstance(mixer, SGFormer)
     return Pair(mixer, drop_paths)
-
-
-def _softmax(dim: int, heads: int, grid: Grid) -> Mixer:
-    return LocallyEnhanced(make_attend("softmax", heads, dim // heads, grid=grid), of="projection", kernel=3)

@@ -6,7 +6,7 @@ There are no norms in front of the branches and no positions; BN follows every c
 start where it ends a branch, so that a block begins as the identity. The stem is four 3 x 3 convolutions of stride 2.
 Between the stages stand a depthwise convolution and an MLP, then an inverted bottleneck of stride 2 with channel
 attention, then the first two again. The first stage has no mixer. `attlas.blocks.conv_norm.fuse` makes every
-convolution one with its BN.
+convolution one with its BN; the two norms inside a mixer stay.
 
 Source: Yun and Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", 2024
 (arXiv:2401.16456), official code ysj9909/SHViT. Drop path, which it does not have, is on mixers and MLPs. With another
@@ -27,11 +27,12 @@ from attlas.blocks.stage import Stage
 from attlas.core.grid import Grid
 from attlas.core.mechanism import Mixer
 from attlas.mechanisms.softmax.shvit import SHViT
-from attlas.models.backbone import Head
+from attlas.models.backbone import Head, start_published
 from attlas.models.key_maps import linear, rename
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.mixers import Mixers, Settings, map_sizes, per_stage, settings_per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 from attlas.ops.channel_attention import MapChannelAttention
 from attlas.ops.maps import to_map, to_tokens
 
@@ -154,7 +155,7 @@ def shvit(
     dims: Sequence[int],
     attended: Sequence[int],
     mixer: Mixers = "shvit",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -166,13 +167,15 @@ def shvit(
         depths, dims: blocks and channels of each stage.
         attended: channels of each stage that attend; 0 for a stage without mixers.
         mixer: the mechanism, one for all stages with mixers or one for each of these.
-        mixer_settings: of the mechanisms.
+        mixer_settings: of the mechanisms, for all these stages or for each.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on, for mechanisms that depend on it.
     """
-    names = iter(per_stage(mixer, sum(part > 0 for part in attended)))
+    check_stages(most=3, depths=depths, dims=dims, attended=attended)
+    mixed = sum(part > 0 for part in attended)
+    names, given = iter(per_stage(mixer, mixed)), iter(settings_per_stage(mixer_settings, mixed))
     rates, first = rising(drop_path, depths), dims[0]
     widths = (in_chans, first // 8, first // 4, first // 2, first)
     stem: list[nn.Module] = []
@@ -185,9 +188,10 @@ def shvit(
         if attended[i]:
             name = next(names)
             heads = dims[i] // HEAD_DIM if dims[i] % HEAD_DIM == 0 else 1
-            settings = {**({"attended": attended[i]} if name == "shvit" else {}), **(mixer_settings or {})}
+            settings = {**({"attended": attended[i]} if name == "shvit" else {}), **next(given)}
             start, layers = sum(depths[:i]), sum(depths)
             mixers = stage_mixers(name, depths[i], dims[i], heads, Grid(size), settings, first=start, layers=layers)
         stages.append(Stage(Block(dims[i], each, rate) for each, rate in zip(mixers, rates[i], strict=True)))
     head = Head(dims[-1], num_classes, after=nn.BatchNorm1d)
+    start_published(head)
     return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)

@@ -24,9 +24,8 @@ from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Patches
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
-from attlas.core.grid import Grid
 from attlas.models.isotropic import Isotropic
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import published
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -72,8 +71,7 @@ def sigmoid_vit(
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the patch.
     """
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch), prefix=int(pool == "token"))
+    grid = patch_grid(img_size, patch, prefix=int(pool == "token"))
     norm = partial(nn.LayerNorm, eps=1e-6)
     own = {"shift": -math.log(grid.tokens)} if mixer == "sigmoid" else {}
     mixers = stage_mixers(mixer, depth, dim, heads, grid, {**own, **(mixer_settings or {})})

@@ -13,7 +13,7 @@ official code microsoft/Swin-Transformer. `swin_large` was published after train
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,10 +27,12 @@ from attlas.blocks.norms import MapLayerNorm
 from attlas.blocks.stage import TokenStage
 from attlas.core.grid import Grid
 from attlas.models.backbone import Head
-from attlas.models.key_maps import QKV, rename, split
-from attlas.models.mixers import Mixers, map_sizes, per_stage, stage_mixers
+from attlas.models.key_maps import rename
+from attlas.models.mixers import Mixers, doubling, map_sizes, per_stage, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.rules import BETWEEN, CLASSIFIER, LAST_NORM, unfused
+from attlas.models.stages import check_stages
 
 STRIDES = (4, 8, 16, 32)
 
@@ -43,32 +45,32 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+COUNTED = ("relative_position_index", "attn_mask")
+"""What others keep in checkpoints though it follows from the sizes."""
+
+
 def from_timm(state: State, model: nn.Module) -> State:
     """The names of timm, where merging belongs to the stage behind it."""
+    state = {key: value for key, value in state.items() if not key.endswith(COUNTED)}
     return _blocks(rename(state, ((r"^layers\.(\d)\.downsample\.", r"downsamples.\1."),)))
 
 
 def from_official(state: State, model: nn.Module) -> State:
     """The names of microsoft/Swin-Transformer, where merging belongs to the stage before it."""
-    merging = re.compile(r"^layers\.(\d)\.downsample\.")
-    state = {
-        merging.sub(lambda found: f"downsamples.{int(found[1]) + 1}.", key): value
-        for key, value in state.items()
-        if not key.endswith(("relative_position_index", "attn_mask"))
-    }
-    return _blocks(rename(state, ((r"^head\.(weight|bias)", r"head.fc.\1"),)))
+    state = {key: value for key, value in state.items() if not key.endswith(COUNTED)}
+    return _blocks(rename(state, (*BETWEEN, CLASSIFIER)))
 
 
 def _blocks(state: State) -> State:
     state = rename(
-        split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV)),
+        unfused(state),
         (
             (r"^patch_embed\.proj\.", "downsamples.0.conv."),
             (r"^patch_embed\.norm\.", "downsamples.0.after."),
             (r"^layers\.", "stages."),
             (r"\.attn\.proj\.", ".mixer.out_proj."),
             (r"\.attn\.relative_position_bias_table", ".mixer.attend.relative_bias"),
-            (r"^norm\.", "head.before."),
+            LAST_NORM,
             (r"^head\.fc\.", "head.classifier."),
         ),
     )
@@ -104,33 +106,36 @@ def swin(
     """A Swin Transformer with any mechanism.
 
     Args:
-        depths, heads: blocks of each stage and heads of its mixers; even depths, so that every stage starts with
-            windows that are not shifted.
+        depths, heads: blocks of each stage and heads of its mixers.
         dim: channels of the first stage, doubled in each that follows.
         window: places of a window on either axis, where the mixer is `swin`.
-        mixer: the mechanism of each stage.
+        mixer: the mechanism of each stage, whose layers are counted from the start of the stage.
         mixer_settings: of the mechanisms.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on; a stage whose map is no larger than a window has windows of that size.
     """
+    check_stages(depths=depths, heads=heads)
     names = per_stage(mixer, len(depths))
     rates = rising(drop_path, depths)
-    dims = [dim * 2**i for i in range(len(depths))]
-    downsamples: list[nn.Module] = [Downsample(in_chans, dim, 4, 4, after=MapLayerNorm, fill=True)]
-    downsamples += [PatchMerging(width, 2 * width) for width in dims[:-1]]
+    dims = doubling(dim, len(depths))
     stages = []
     for i, size in enumerate(map_sizes(img_size, STRIDES[: len(dims)])):
         settings = {**({"window": window} if names[i] == "swin" else {}), **(mixer_settings or {})}
-        mixers = stage_mixers(
-            names[i], depths[i], dims[i], heads[i], Grid(size), settings, first=sum(depths[:i]), layers=sum(depths)
-        )
+        mixers = stage_mixers(names[i], depths[i], dims[i], heads[i], Grid(size), settings)
         stages.append(
             TokenStage(
                 MetaFormerBlock(each, Mlp(dims[i], 4 * dims[i]), drop_path=rate)
                 for each, rate in zip(mixers, rates[i], strict=True)
             )
         )
+    return swin_pyramid(stages, dims, in_chans, num_classes)
+
+
+def swin_pyramid(stages: Sequence[nn.Module], dims: Sequence[int], in_chans: int, num_classes: int) -> Pyramid:
+    """What Swin has around its stages, others too: patches of 4 x 4, merging, and a norm before the mean."""
+    patches = Downsample(in_chans, dims[0], 4, 4, after=MapLayerNorm, fill=True)
+    between = [PatchMerging(dim, out) for dim, out in itertools.pairwise(dims)]
     head = Head(dims[-1], num_classes, before=MapLayerNorm)
-    return Pyramid(downsamples, stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)
+    return Pyramid([patches, *between], stages, head, in_chans=in_chans, channels=dims, strides=STRIDES)

@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Places, check_patches
+from attlas.blocks.embed import Places, check_patches, prefix_tokens, with_prefix
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.sentences import Bridge, SentenceBlock, by_sentence
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
-from attlas.models.key_maps import in_stages, rename, split
-from attlas.models.mixers import Mixers, per_stage, picture_size, stage_mixers
+from attlas.models.backbone import start_published
+from attlas.models.key_maps import in_stages, rename, split, tables
+from attlas.models.mixers import Mixers, Settings, patch_grid, per_stage, settings_per_stage, stage_mixers
 from attlas.models.registry import State, published
 from attlas.models.two_branch import BranchHead, Grids, Pair, PairStage, TwoBranch
 from attlas.ops.maps import to_tokens
@@ -42,7 +43,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "s": {"dim": 384, "word_dim": 24, "heads": 6},
     "s_legacy": {"dim": 384, "word_dim": 24, "heads": 6, "paper_form": True},
     "b": {"dim": 640, "word_dim": 40, "heads": 10},
-    "micro": {"dim": 48, "word_dim": 8, "heads": 2, "word_heads": 2, "depth": 4, "img_size": 64},
+    "micro": {"dim": 48, "word_dim": 8, "heads": 2, "word_heads": 2, "depth": 4, "img_size": 64, "drop_path": 0.0},
 }
 
 
@@ -64,10 +65,9 @@ class WordEmbed(nn.Module):
         self.conv = nn.Conv2d(in_chans, word_dim, 7, STRIDE, 3)
         self.word_places = nn.Parameter(torch.empty(words, word_dim))
         self.bridge = Bridge(words, word_dim, dim, bias=True)
-        self.prefix = nn.Parameter(torch.empty(grid.prefix, dim))
+        self.prefix = prefix_tokens(grid.prefix, dim)
         self.places = Places(dim, grid)
-        for learned in (self.word_places, self.prefix):
-            nn.init.trunc_normal_(learned, std=0.02)
+        nn.init.trunc_normal_(self.word_places, std=0.02)
 
     def forward(self, image_BCHW: Tensor) -> tuple[Pair, Grids]:
         """Words on the fine grid, sentences behind the class token on the coarse one."""
@@ -77,7 +77,7 @@ class WordEmbed(nn.Module):
         table_cSS = self.word_places.T.unflatten(1, (self.side, self.side))
         words_BMc, fine = to_tokens(words_BcHW + table_cSS.repeat(1, *coarse))
         sentences_BNd = self.bridge(by_sentence(words_BMc, fine, self.side))
-        sentences_BNd = torch.cat([self.prefix.expand(len(sentences_BNd), -1, -1), sentences_BNd], 1)
+        sentences_BNd = with_prefix(self.prefix, sentences_BNd)
         grid = Grid(coarse, prefix=len(self.prefix))
         return (words_BMc, self.places(sentences_BNd, grid)), (fine, grid)
 
@@ -148,16 +148,16 @@ def _blocks(state: State, model: nn.Module) -> State:
             (r"^head\.", "head.classifiers.0."),
         ),
     )
-    for name in ("embed.prefix", "embed.places.weight", "embed.word_places"):
-        if name in state:
-            table = state[name][0]
-            state[name] = table.flatten(1).T if table.ndim == 3 else table
+    words = state.get("embed.word_places")
+    if words is not None and words.ndim == 4:  # (1, c, rows, columns)
+        state["embed.word_places"] = words.flatten(2).mT
+    state = tables(state, "embed.prefix", "embed.places.weight", "embed.word_places")
     assert isinstance(model, TwoBranch)
     return in_stages(state, [len(stage.blocks) for stage in model.stages])  # type: ignore[arg-type]
 
 
 @published(
-    {f"tnt_{size}": settings for size, settings in SIZES.items()},
+    {f"tnt_{size}": {"drop_path": 0.1, **settings} for size, settings in SIZES.items()},
     title="Transformer in Transformer",
     year=2021,
     paper="arXiv:2103.00112",
@@ -173,7 +173,7 @@ def tnt(
     patch: int = 16,
     paper_form: bool = False,
     mixer: Mixers = "softmax",
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -188,7 +188,8 @@ def tnt(
         patch: side of a sentence in pixels, a multiple of 4.
         paper_form: the stem and the bridges of the paper instead of those of the official weights.
         mixer: one mechanism, or one for the words and one for the sentences, which have a class token in front.
-        mixer_settings: of the mechanisms; softmax attention has no biases of queries, keys and values by default.
+        mixer_settings: of the mechanisms, for both or for each; softmax attention has no biases of queries, keys
+            and values by default.
         drop_path: rate of the last block.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
@@ -196,28 +197,28 @@ def tnt(
     """
     if patch < STRIDE or patch % STRIDE:
         raise BadInput(f"a sentence has whole words of {STRIDE} pixels, got patch={patch}")
-    height, width = picture_size(img_size)
-    side, grid = patch // STRIDE, Grid((height // patch, width // patch), prefix=1)
+    side, grid = patch // STRIDE, patch_grid(img_size, patch, prefix=1)
     (rates,) = rising(drop_path, [depth])
 
-    def stream(name: str, dim: int, heads: int, grid: Grid) -> list[MetaFormerBlock]:
-        settings = {"bias": False} if mixer_settings is None and name == "softmax" else mixer_settings
-        mixers = stage_mixers(name, depth, dim, heads, grid, settings)
+    names, given = per_stage(mixer, 2), settings_per_stage(mixer_settings, 2)
+
+    def stream(which: int, dim: int, heads: int, grid: Grid) -> list[MetaFormerBlock]:
+        own = {"bias": False} if names[which] == "softmax" else {}
+        mixers = stage_mixers(names[which], depth, dim, heads, grid, {**own, **given[which]})
         return [
             MetaFormerBlock(each, Mlp(dim, 4 * dim), drop_path=rate) for each, rate in zip(mixers, rates, strict=True)
         ]
 
-    of_words, of_sentences = per_stage(mixer, 2)
     blocks = [
         SentenceBlock(inner, Bridge(side**2, word_dim, dim, bias=paper_form, each=paper_form), outer, side)
         for inner, outer in zip(
-            stream(of_words, word_dim, word_heads, Grid((side, side))),
-            stream(of_sentences, dim, heads, grid),
+            stream(0, word_dim, word_heads, Grid((side, side))),
+            stream(1, dim, heads, grid),
             strict=True,
         )
     ]
     head = BranchHead((word_dim, dim), num_classes, reads=(1,))
-    return TwoBranch(
+    net = TwoBranch(
         WordEmbed(in_chans, word_dim, dim, grid, patch, cut=not paper_form),
         [PairStage(blocks)],
         [nn.Identity(), nn.LayerNorm(dim)],
@@ -227,3 +228,4 @@ def tnt(
         strides=(STRIDE, patch),
         num_features=head.num_features,
     )
+    return start_published(net)

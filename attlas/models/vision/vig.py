@@ -23,9 +23,10 @@ from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import SwiGLU, llama_width
 from attlas.blocks.norms import MapLayerNorm
 from attlas.core.grid import Grid
+from attlas.models.backbone import start_published
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import in_stages, rename, split
-from attlas.models.mixers import map_sizes, stage_mixers
+from attlas.models.key_maps import in_stages, rename, split, tables
+from attlas.models.mixers import sizes_after, stage_mixers
 from attlas.models.registry import State, published
 
 STRIDE = 16
@@ -60,8 +61,7 @@ def from_official(state: State, model: nn.Module) -> State:
             (r"\.attn\.", ".mixer."),
         ),
     )
-    state["places.weight"] = state["places.weight"].flatten(0, 1)
-    return in_stages(state, model.depths)
+    return in_stages(tables(state, "places.weight"), model.depths)
 
 
 @published(
@@ -96,8 +96,7 @@ def vig(
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
-    (size,) = map_sizes(img_size, [STRIDE])
-    grid = Grid(size)
+    grid = Grid(sizes_after(img_size, [(9, 8, 1), (3, 2, 1)])[-1])
     norm = partial(nn.RMSNorm, eps=1e-6)
     own = {"local_activation": activation, "output_activation": activation} if mixer == "vig" else {}
     mixers = stage_mixers(mixer, depth, dim, heads, grid, {**own, **(mixer_settings or {})})
@@ -106,7 +105,7 @@ def vig(
         MetaFormerBlock(each, SwiGLU(dim, llama_width(dim)), norm=norm, drop_path=rate)
         for each, rate in zip(mixers, rates, strict=True)
     ]
-    return Isotropic(
+    net = Isotropic(
         nn.Sequential(
             Downsample(in_chans, dim // 2, 9, 8, padding=1, after=MapLayerNorm),
             nn.SiLU(),
@@ -121,3 +120,4 @@ def vig(
         in_chans=in_chans,
         pool="mean",
     )
+    return start_published(net)

@@ -19,10 +19,10 @@ from attlas.blocks.drop_path import rising
 from attlas.blocks.embed import Patches
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
-from attlas.core.grid import Grid
+from attlas.models.backbone import start_published
 from attlas.models.isotropic import Isotropic
-from attlas.models.key_maps import QKV, in_stages, rename, split
-from attlas.models.mixers import picture_size, stage_mixers
+from attlas.models.key_maps import QKV, in_stages, rename, split, tables
+from attlas.models.mixers import patch_grid, stage_mixers
 from attlas.models.registry import State, published
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -46,17 +46,19 @@ def from_timm(state: State, model: nn.Module) -> State:
             (r"\.attn\.proj\.", ".mixer.out_proj."),
         ),
     )
-    for name in ("prefix", "places.weight"):
-        if name in state:
-            state[name] = state[name].flatten(0, 1)
     assert isinstance(model, Isotropic)
-    return in_stages(state, model.depths)
+    return in_stages(tables(state, "prefix", "places.weight"), model.depths)
 
 
 @published(
-    {f"vit_{size}": settings for size, settings in SIZES.items()}
-    | {"vit_large": LARGE, "vit_micro": MICRO}
-    | {f"deit_{size}": {**settings, "drop_path": 0.1} for size, settings in SIZES.items()},
+    {f"deit_{size}": {**settings, "drop_path": 0.1} for size, settings in SIZES.items()},
+    title="Training data-efficient image transformers & distillation through attention",
+    year=2020,
+    paper="arXiv:2012.12877",
+    key_maps={"timm": from_timm, "official": from_timm},
+)
+@published(
+    {f"vit_{size}": settings for size, settings in SIZES.items()} | {"vit_large": LARGE, "vit_micro": MICRO},
     title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
     year=2020,
     paper="arXiv:2010.11929",
@@ -89,8 +91,7 @@ def vit(
         in_chans: channels of the pictures.
         img_size: that it is trained on, a multiple of the patch.
     """
-    height, width = picture_size(img_size)
-    grid = Grid((height // patch, width // patch), prefix=int(pool == "token"))
+    grid = patch_grid(img_size, patch, prefix=int(pool == "token"))
     norm = partial(nn.LayerNorm, eps=1e-6)
     mixers = stage_mixers(mixer, depth, dim, heads, grid, mixer_settings)
     (rates,) = rising(drop_path, [depth])
@@ -98,7 +99,7 @@ def vit(
         MetaFormerBlock(each, Mlp(dim, 4 * dim), norm=norm, drop_path=rate)
         for each, rate in zip(mixers, rates, strict=True)
     ]
-    return Isotropic(
+    net = Isotropic(
         Patches(in_chans, dim, patch),
         blocks,
         dim=dim,
@@ -109,3 +110,4 @@ def vit(
         in_chans=in_chans,
         pool=pool,
     )
+    return start_published(net)

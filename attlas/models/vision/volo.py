@@ -19,21 +19,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attlas.blocks.class_attention import ClassBlock
 from attlas.blocks.drop_path import rising
-from attlas.blocks.embed import Downsample, Places
+from attlas.blocks.embed import Downsample, Places, check_room, prefix_tokens, with_prefix
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.blocks.mlp import Mlp
 from attlas.blocks.stage import Stage, TokenStage
 from attlas.core.grid import Grid
-from attlas.models.backbone import classifier
-from attlas.models.key_maps import QKV, rename, split
-from attlas.models.mixers import Mixers, per_stage, picture_size, stage_mixers
+from attlas.models.backbone import classifier, start_published
+from attlas.models.key_maps import QKV, rename, split, tables
+from attlas.models.mixers import Mixers, Settings, per_stage, settings_per_stage, sizes_after, stage_mixers
 from attlas.models.pyramid import Pyramid
 from attlas.models.registry import State, published
+from attlas.models.stages import check_stages
 from attlas.ops.maps import to_map, to_tokens
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -64,7 +64,9 @@ class Stem(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """A map 8 times smaller."""
-        return self.patches(self.convs(image_BCHW))
+        x_BCHW = self.convs(image_BCHW)
+        check_room(x_BCHW, 4, 0)
+        return self.patches(x_BCHW)
 
 
 class PlacedDownsample(Downsample):
@@ -91,8 +93,7 @@ class VoloHead(nn.Module):
 
     def __init__(self, stage: Stage, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.prefix = nn.Parameter(torch.empty(1, dim))
-        nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.prefix = prefix_tokens(1, dim)
         self.stage = stage
         self.norm = nn.LayerNorm(dim)
         self.num_classes = num_classes
@@ -101,8 +102,7 @@ class VoloHead(nn.Module):
     def votes(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the class token (B, K), and of every place (B, H W, K)."""
         x_BNC, grid = to_tokens(x_BCHW)
-        x_BNC = torch.cat([self.prefix.expand(len(x_BNC), -1, -1), x_BNC], 1)
-        x_BNC = self.norm(self.stage.run(x_BNC, Grid(grid.shape, prefix=1)))
+        x_BNC = self.norm(self.stage.run(with_prefix(self.prefix, x_BNC), Grid(grid.shape, prefix=1)))
         return self.classifier(x_BNC[:, 0]), self.place_classifier(x_BNC[:, 1:])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def from_timm(state: State, model: nn.Module) -> State:
     state = split(state, "attn.qkv", tuple(f"mixer.{name}" for name in QKV))
     # The class token's q is a matrix of its own, k and v are one.
     state = split(state, "attn.kv", ("mixer.k_proj", "mixer.v_proj"))
-    state = rename(
+    renamed = rename(
         state,
         (
             (r"^cls_token$", "head.prefix"),
@@ -137,10 +137,7 @@ def from_timm(state: State, model: nn.Module) -> State:
             (r"^post_network\.", "head.stage.blocks."),
         ),
     )
-    for name, axes in (("head.prefix", 1), ("downsamples.1.places.weight", 2)):
-        if name in state:
-            state[name] = state[name].flatten(0, axes)
-    return state
+    return tables(renamed, "head.prefix", "downsamples.1.places.weight")
 
 
 @published(
@@ -158,7 +155,7 @@ def volo(
     ratio: int = 3,
     stem_dim: int = 64,
     mixer: Mixers = ("volo", "softmax", "softmax", "softmax"),
-    mixer_settings: Mapping[str, Any] | None = None,
+    mixer_settings: Settings = None,
     drop_path: float = 0.0,
     num_classes: int = 1000,
     in_chans: int = 3,
@@ -172,23 +169,25 @@ def volo(
         ratio: how many times wider the MLPs are.
         stem_dim: channels of the stem's convolutions.
         mixer: the mechanism of all stages, or one for each.
-        mixer_settings: of the mechanisms; softmax attention has no biases of queries, keys and values by default.
+        mixer_settings: of the mechanisms, for all stages or for each; softmax attention has no biases of queries, keys
+            and values by default.
         drop_path: rate of the last block; the first stage has none.
         num_classes: of the head; 0 for features.
         in_chans: channels of the pictures.
         img_size: that it is trained on.
     """
-    names = per_stage(mixer, len(depths))
+    check_stages(least=2, depths=depths)
+    names, given = per_stage(mixer, len(depths)), settings_per_stage(mixer_settings, len(depths))
     width, widths = dims[1], [dims[0], *[dims[1]] * (len(depths) - 1)]
     strides = [8, *[16] * (len(depths) - 1)]
     # Patches do not overlap, so what is left of a side is cut off.
-    sides = [-(-side // 2) // 4 for side in picture_size(img_size)]
-    fine, coarse = Grid(tuple(sides)), Grid(tuple(side // 2 for side in sides))
+    _, *sizes = sizes_after(img_size, [(7, 2, 3), (4, 4, 0), (2, 2, 0)])
+    fine, coarse = (Grid(size) for size in sizes)
     grids = [fine, *[coarse] * (len(depths) - 1)]
     downsamples = [Stem(in_chans, stem_dim, dims[0]), PlacedDownsample(*dims, 2, 2, coarse)]
     stages = []
     for i, rates in enumerate(rising(drop_path, depths)):
-        settings = {"bias": False} if mixer_settings is None and names[i] == "softmax" else mixer_settings
+        settings = {**({"bias": False} if names[i] == "softmax" else {}), **given[i]}
         mixers = stage_mixers(
             names[i],
             depths[i],
@@ -196,8 +195,6 @@ def volo(
             heads[min(i, 1)],
             grids[i],
             settings,
-            first=sum(depths[:i]),
-            layers=sum(depths),
         )
         stages.append(
             TokenStage(
@@ -209,7 +206,7 @@ def volo(
         "crossvit", CLASS_BLOCKS, width, heads[1], Grid(coarse.shape, prefix=1), {"bias": False}
     )
     head = VoloHead(Stage(ClassBlock(each, Mlp(width, ratio * width)) for each in class_mixers), width, num_classes)
-    return Pyramid(
+    net = Pyramid(
         [*downsamples, *[nn.Identity() for _ in depths[2:]]],
         stages,
         head,
@@ -217,3 +214,4 @@ def volo(
         channels=widths,
         strides=strides,
     )
+    return start_published(net, own=["volo", "crossvit"])

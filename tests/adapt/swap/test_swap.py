@@ -315,7 +315,7 @@ def test_replaced_forward_is_left_and_hooks_are_copied(x):
     report = attlas.swap(model, "linear")
     assert [row.verdict for row in report.rows] == ["left", "approximate"]
     assert "forward was replaced" in report.rows[0].notes[0]
-    assert "hooks on it were copied" in report.rows[1].notes
+    assert "hooks on it were kept" in report.rows[1].notes
     model(x)
     assert calls == [1]
 
@@ -366,3 +366,85 @@ def test_failure_of_a_host_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         attlas.swap(model, "linear")
     assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+
+
+def test_what_is_made_causal_is_not_exact(x):
+    model = encoder()
+    out = model(x)
+    report = attlas.swap(model, "softmax", causal=True)
+    assert [row.verdict for row in report.rows] == [Verdict.APPROXIMATE] * 3
+    assert "now causal whatever the call says" in report.rows[0].notes
+    assert (model(x) - out).abs().max() > 0.01
+
+
+def test_hooks_stay_the_same_hooks(x):
+    class Recorder:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def hear(self, *_: object) -> None:
+            self.calls += 1
+
+    for mechanism in ("linear", "pool"):
+        model, recorder = encoder(1), Recorder()
+        handle = model.layers[0].self_attn.register_forward_hook(recorder.hear)
+        model.layers[0].self_attn.out_proj.register_forward_hook(recorder.hear)
+        report = attlas.swap(model, mechanism, grid=(2, 3))
+        assert "hooks on it were kept" in report.rows[0].notes
+        model(x)
+        assert recorder.calls >= 1
+        handle.remove()
+        assert not model.layers[0].self_attn._forward_hooks
+        report.undo()
+        assert not model.layers[0].self_attn._forward_hooks
+
+
+def test_compiled_attention_is_left():
+    model = nn.ModuleDict({"a": torch.compile(nn.MultiheadAttention(DIM, HEADS), backend="eager")})
+    with pytest.raises(Unsupported, match="compile after the swap"):
+        attlas.swap(model, "linear")
+
+
+def test_distributed_models_are_refused():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(BadInput, match="swap, then wrap"):
+        attlas.swap(DistributedDataParallel(encoder()), "linear")
+
+
+def test_under_inference_mode_parameters_can_still_be_trained(x):
+    model = encoder()
+    with torch.inference_mode():
+        attlas.swap(model, "linear")
+    model(x).sum().backward()
+    assert model.layers[0].self_attn.in_proj_weight.grad is not None
+
+
+def test_small_slips():
+    assert attlas.swap(encoder(), "softmax", where="layers.0,").swapped == ["layers.0.self_attn"]
+    for nothing in ([], "", ","):
+        with pytest.raises(BadInput, match=r"where names no module.*'\*' means all"):
+            attlas.swap(encoder(), "softmax", where=nothing)
+    with pytest.raises(BadInput, match=r"\(6,\)"):
+        attlas.swap(encoder(), "neighborhood", grid=6, window=3)
+    model = encoder()
+    attlas.swap(model, "linear")
+    with pytest.raises(BadInput, match="a copy of a swapped model has no report"):
+        attlas.swap(copy.deepcopy(model), "softmax")
+
+
+def test_undo_keeps_the_mode_of_every_part():
+    model = encoder().train()
+    model.layers[0].self_attn.out_proj.eval()
+    attlas.swap(model, "softmax").undo()
+    assert model.layers[0].self_attn.training
+    assert not model.layers[0].self_attn.out_proj.training
+
+
+def test_a_report_does_not_claim_weights_that_went():
+    report = attlas.swap(encoder(), "pool", grid=(2, 3))
+    assert "none of its weights have a meaning here" in report.rows[0].notes
+    assert "all weights" not in str(report)

@@ -208,10 +208,15 @@ def test_swin_of_any_size_has_no_grid():
 
 
 def test_swin_swapped_does_not_change_its_size():
-    model, _ = swin("swin_tiny_patch4_window7_224")
-    attlas.swap(model, "linear")
+    for mechanism in ("linear", "softmax", "pool"):
+        model, _ = swin("swin_tiny_patch4_window7_224")
+        attlas.swap(model, mechanism)
+        with pytest.raises(BadInput, match="undo the swap first"):
+            model.set_input_size(img_size=224, window_size=14)
+    model, _ = vit("beit_base_patch16_224")
+    attlas.swap(model, "softmax")
     with pytest.raises(BadInput, match="undo the swap first"):
-        model.set_input_size(img_size=224)
+        model.set_input_size(img_size=128)
 
 
 def test_grid_prefix_and_layers_are_known():
@@ -235,15 +240,23 @@ def test_images_of_another_size():
     report.undo()
     attlas.swap(model, "neighborhood", window=3)
     assert model(images(128)).isfinite().all()
-    with pytest.raises(BadInput, match="no such grid at another size"):
+    with pytest.raises(BadInput, match="this image has 4x8"):
         model(wide)
+    with pytest.raises(BadInput, match="this image has 2x8"):  # as many patches as 4x4
+        model(images(128)[..., :32, :])
 
 
 def test_masks_of_timm_keep_their_meaning():
     model, x = vit("vit_tiny_patch16_224")
     keep = torch.rand(17, 17, generator=torch.Generator().manual_seed(2)) > 0.3
     keep |= torch.eye(17, dtype=torch.bool)
-    calls = [{"attn_mask": keep}, {"attn_mask": torch.randn(17, 17).double()}, {"is_causal": True}]
+    heads = torch.stack([keep, keep.roll(3, 1) | torch.eye(17, dtype=torch.bool)])
+    calls = [
+        {"attn_mask": keep},
+        {"attn_mask": heads},
+        {"attn_mask": torch.randn(17, 17).double()},
+        {"is_causal": True},
+    ]
     outs = [model.forward_features(x, **call) for call in calls]
     report = attlas.swap(model, "softmax")
     for call, out in zip(calls, outs, strict=True):
@@ -260,6 +273,24 @@ def test_bias_is_dropped_where_a_mechanism_takes_none_and_said():
     assert row.verdict == "approximate"
     assert set(row.dropped) == {"relative_position_bias_table"}
     assert "position bias is not used" in row.notes[0]
+
+
+def test_bias_is_said_to_be_dropped_only_where_there_is_one():
+    model, _ = vit("beit_base_patch16_224")
+    for row in attlas.swap(model, "crossvit").rows:
+        assert any("position bias is not used" in note for note in row.notes)
+    volo = nn.Sequential(importlib.import_module("timm.models.volo").Attention(32, num_heads=2))
+    assert not any("position bias" in note for note in attlas.swap(volo, "linear").rows[0].notes)
+
+
+def test_undo_takes_the_check_of_images_away():
+    model, _ = vit("vit_tiny_patch16_224")
+    attlas.swap(model, "linear").undo()
+    assert not model.patch_embed._forward_pre_hooks
+    attlas.swap(model, "linear")
+    model.set_input_size(img_size=(32, 128))
+    with pytest.raises(BadInput, match="this image has 2x8"):
+        model(torch.randn(1, 3, 32, 128).double())
 
 
 def test_projections_are_carried_into_a_mechanism_with_its_own():
@@ -329,9 +360,11 @@ def test_training_with_dropped_patches():
     model(images(64)).sum().backward()
     assert model.blocks[0].attn.qkv.weight.grad is not None
     report.undo()
-    attlas.swap(model, "agent", agents=4)
-    with pytest.raises(BadInput, match="tokens that were dropped"):
-        model(images(64))
+    with pytest.raises(Unsupported, match=r"patch_drop_rate.*could: softmax"):
+        attlas.swap(model, "neighborhood", window=3)
+    model.patch_drop.prob = 0.0
+    attlas.swap(model, "neighborhood", window=3)
+    model(images(64)).sum().backward()
 
 
 @pytest.mark.parametrize(("name", "mechanism"), itertools.product(("vit", "swin"), ("softmax", "linear")))

@@ -192,3 +192,37 @@ def test_compile(mechanism):
     attlas.swap(model, mechanism)
     x = tokens(2, 6, DIM)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear"])
+@pytest.mark.parametrize("appending", ["add_bias_kv", "add_zero_attn"])
+def test_appended_keys_never_let_tokens_see_ahead(mechanism, appending):
+    model = Alone(batch_first=True, **{appending: True}).eval()
+    randomise(model)
+    x = tokens(2, 6, DIM)
+    expected = model(x, attn_mask=causal(6))[0]
+    (row,) = attlas.swap(model, mechanism, causal=True).rows
+    assert any("causal by masks only" in note for note in row.notes)
+    if mechanism == "softmax":
+        torch.testing.assert_close(model(x, attn_mask=causal(6))[0], expected)
+    else:
+        with pytest.raises(Unsupported, match="pairs"):
+            model(x, attn_mask=causal(6))
+
+
+def test_what_cannot_have_keys_appended_is_left():
+    with pytest.raises(Unsupported, match="could go to none"):
+        attlas.swap(Alone(batch_first=True, add_bias_kv=True), "neighborhood", grid=(2, 3), window=2)
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "linear"])
+def test_compile_with_padding(mechanism):
+    torch._dynamo.reset()
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 24, batch_first=True), 1).eval()
+    randomise(model)
+    attlas.swap(model, mechanism)
+    x = tokens(2, 6, DIM)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, src_key_padding_mask=PADDING), model(x, src_key_padding_mask=PADDING), rtol=1e-5, atol=1e-5
+    )

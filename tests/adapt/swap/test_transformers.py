@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 import transformers
+from rich.console import Console
+from torch.nn.attention import flex_attention as flex
 from transformers import (
     BertConfig,
     BertModel,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 import attlas
+from attlas.adapt.distil import distil
 from attlas.adapt.swap import swap
 from attlas.core.errors import BadInput, Unsupported
 from attlas.ops.linear import weighted_average
@@ -55,6 +58,8 @@ def build(kind, below="sdpa"):
         parameter.data.mul_(4 if parameter.ndim > 1 else 1)
     return model.double().eval()
 
+
+ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 IDS = torch.randint(1, WORDS, (2, 9), generator=torch.Generator().manual_seed(3))
 LEFT = torch.ones(2, 9, dtype=torch.long)
@@ -92,9 +97,12 @@ def counted(model):
     return calls
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("kind", "padding"),
+    [(kind, padding) for kind in ("bert", "gpt2", "llama", "mistral", "t5") for padding in PADDINGS]
+    + [("vit", "none")],
+)
 @pytest.mark.parametrize("below", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "mistral", "t5", "vit"])
 def test_softmax_in_the_place_of_softmax_leaves_the_logits(kind, below, padding):
     model, mask, bound = build(kind, below), PADDINGS[padding], 1e-10
     if below == "eager" and kind in ("llama", "mistral", "vit"):  # whose softmax is one of float32
@@ -216,12 +224,15 @@ def generate(model, padded=True, **kwargs):
     return result.sequences, torch.stack(result.logits)
 
 
+HOW = [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}]
+
+
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"padded": False}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ("kind", "how"),
+    [(kind, how) for kind in ("gpt2", "llama", "t5") for how in HOW]
+    + [(kind, {"padded": False}) for kind in ("gpt2", "llama")],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 def test_generation_through_the_cache_is_the_same(kind, how):
     model = build(kind)
     tokens, before = generate(model, **how)
@@ -240,7 +251,6 @@ OTHERS = {
     "lightning": {},
     "gated_attention": {},  # which reads the tokens
     "retention": {},  # with projections of its own
-    "minimal": {},  # likewise
     "softmax": {},
 }
 
@@ -480,8 +490,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("name", ["softmax", "linear", "retention"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_stay_half(name, dtype):
+def test_half_precision_models_stay_half(name):
+    dtype = torch.bfloat16
     model = build("llama").to(dtype)
     before = logits(model, mask=LEFT)
     swap(model, name)
@@ -503,16 +513,22 @@ def test_autocast_casts_inside():
     assert (half - whole).norm() < 0.1 * whole.norm()
 
 
-def test_tied_embeddings_stay_tied():
-    model = build("gpt2")
-    swap(model, "linear")
-    assert model.lm_head.weight is model.transformer.wte.weight
+def test_one_attention_for_all_layers_stays_one():
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(**ENCODER, vocab_size=WORDS, embedding_size=16)
+    model = transformers.AlbertModel(config).double().eval()
+    before = logits(model, mask=LEFT)
+    report = swap(model, "softmax")
+    assert len(report.of("exact")) == len(report.rows) == 1
+    calls = counted(model)
+    torch.testing.assert_close(logits(model, mask=LEFT)[LEFT.bool()], before[LEFT.bool()], rtol=0, atol=1e-12)
+    assert len(calls) == 2
 
 
 def test_asking_for_attention_weights_warns():
     model = build("llama")
     swap(model, "linear")
-    with pytest.warns(UserWarning, match="returns no attention weights; undo"):
+    with pytest.warns(UserWarning, match="returns no attention weights, .* no entry for it; undo"):
         model(IDS, output_attentions=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -586,3 +602,192 @@ def test_a_swapped_module_is_not_swapped_again():
     swap(model, "linear")
     with pytest.raises(BadInput, match="undo"):
         swap(model, "sigmoid")
+
+
+def test_undo_gives_every_mode_back():
+    model = build("gpt2")  # with dropout of weights
+    before = logits(model)
+    report = swap(model, "retention")
+    assert not any(module.training for module in model.modules())
+    report.undo()
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits(model), before)
+    model.train()
+    model.transformer.h[0].attn.attn_dropout.eval()
+    modes = [module.training for module in model.modules()]
+    report = swap(model, "retention")
+    assert model.transformer.h[0].attn.training
+    report.undo()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_what_hangs_on_a_swapped_module_is_gone_after_undo():
+    model = build("llama")
+    report = swap(model, "linear")
+    assert not any("hooks" in note for row in report.rows for note in row.notes)
+    report.undo()
+    attention = model.model.layers[0].self_attn
+    assert not attention._forward_pre_hooks
+    assert not attention._forward_hooks
+
+
+def test_tokens_do_not_stay_behind_when_a_call_fails():
+    model = build("llama").train()
+    swap(model, "gated_attention")
+    with pytest.raises(BadInput, match="a mask for 9 keys has so many columns"):
+        model(IDS, attention_mask=torch.ones(2, 1, 9, 1, dtype=torch.bool), use_cache=False)
+    with pytest.raises(TypeError):
+        model.model.layers[0].self_attn(model.model.embed_tokens(IDS), position_embeddings=None)
+    assert model.model.layers[0].self_attn.attlas_tokens is None
+    copy.deepcopy(model)
+
+
+def test_dropout_is_found_under_any_name():
+    config = transformers.YolosConfig(
+        **ENCODER, image_size=[16, 16], patch_size=4, num_detection_tokens=3, attention_probs_dropout_prob=0.3
+    )
+    model = transformers.YolosModel(config)
+    swap(model, "softmax")
+    assert [core.mechanism.weight_dropout for core in cores(model)] == [0.3, 0.3]
+
+
+def test_dropout_that_was_changed_after_the_swap_warns():
+    model = build("gpt2").train()
+    swap(model, "softmax")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(model)
+    model.transformer.h[0].attn.attn_dropout.p = 0.7
+    with pytest.warns(UserWarning, match=r"drops a share of 0.7 of its weights, and softmax was built for 0.1"):
+        logits(model)
+
+
+def clip_text():
+    torch.manual_seed(0)
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**ENCODER, vocab_size=WORDS))
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", ["linear", "lightning", "retention", "neighborhood"])
+def test_a_text_tower_whose_calls_are_causal_is_built_causal_when_asked(name):
+    model = clip_text()
+    assert len(swap(model, name, causal=True).swapped) == 2
+    changed = IDS.clone()
+    changed[:, 5:] = (changed[:, 5:] + 7) % WORDS
+    whole, other = logits(model), logits(model, changed)
+    assert torch.equal(other[:, :5], whole[:, :5])
+    assert not torch.allclose(other[:, 5:], whole[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["linear", "minimal"])
+def test_calls_that_hide_the_future_name_the_cure(name):
+    model = clip_text()
+    swap(model, name)
+    with pytest.raises(Unsupported, match=r"hides the future.*causal=True"):
+        logits(model)
+
+
+def latent():
+    """Keys of 12 features, values of 6."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        **ENCODER,
+        vocab_size=WORDS,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+    )
+    return transformers.DeepseekV3ForCausalLM(config).double().eval()
+
+
+def test_values_of_another_size_than_keys():
+    model = latent()
+    before = logits(model, mask=LEFT)
+    report = swap(model, "softmax")
+    assert len(report.of("exact")) == 2
+    torch.testing.assert_close(real(logits(model, mask=LEFT), model, LEFT), real(before, model, LEFT))
+    report.undo()
+    report = swap(model, "linear", gate="sigmoid", output_norm="rms")
+    assert cores(model)[0].gate_proj.out_features == cores(model)[0].output_norm.weight.numel() == 4 * 6
+    assert logits(model).isfinite().all()
+    report.undo()
+    for name in ("abc", "routing"):  # which want as many of the one as of the other
+        with pytest.raises(Unsupported, match=f"{name} could go to none of the 2 modules"):
+            swap(model, name)
+
+
+def test_the_eager_attention_of_a_layer_that_was_left_may_have_another_name():
+    sizes = {"head_dim": 8, "patch_length": 4, "context_length": 16, "horizon_length": 8}
+    config = transformers.TimesFmConfig(**ENCODER, **sizes, attn_implementation="eager")
+    model, series = transformers.TimesFmModelForPrediction(config).eval(), [torch.linspace(0, 3, 16).sin()]
+    before = model(past_values=series, freq=[0]).mean_predictions
+    assert len(swap(model, "softmax", where="*.0.self_attn").of("exact")) == 1
+    torch.testing.assert_close(model(past_values=series, freq=[0]).mean_predictions, before)
+
+
+@pytest.mark.parametrize("name", ["linear", "retention"])
+def test_masks_of_flex_attention_are_refused_with_the_cure(name):
+    model = build("llama")
+    swap(model, name)
+    model.set_attn_implementation("flex_attention")
+    mask = flex.create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, "cpu")  # as the model would, but compiled
+    with pytest.raises(Unsupported, match=r"BlockMask cannot be read.*set_attn_implementation\('sdpa'\)"):
+        logits(model, mask=mask)
+    model.set_attn_implementation("sdpa")
+    logits(model)
+
+
+def test_packed_pictures_take_what_needs_no_tokens():
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
+
+    torch.manual_seed(0)
+    config = qwen.Qwen2VLVisionConfig(depth=1, embed_dim=32, hidden_size=32, num_heads=4, patch_size=4)
+    model = qwen.Qwen2VisionTransformerPretrainedModel(config).double().eval()
+    patches, grids = torch.randn(32, 96, dtype=torch.float64), torch.tensor([[1, 4, 4], [1, 4, 4]])
+
+    def features():
+        with torch.no_grad():
+            return model(patches, grid_thw=grids).last_hidden_state
+
+    before = features()
+    report = swap(model, "softmax")
+    assert len(report.of("exact")) == 1
+    torch.testing.assert_close(features(), before)
+    report.undo()
+    for name, reason in (("gated_attention", "do without the tokens"), ("minimal", "would mix the sequences")):
+        with pytest.raises(Unsupported, match=reason):
+            swap(model, name)
+    assert swap(model, "neighborhood", window=3).swapped
+
+
+def test_projections_go_into_mechanisms_that_have_the_same():
+    model = build("bert")
+    old = model.encoder.layer[0].attention.self
+    report = swap(model, "p_adapter")
+    mixer = model.encoder.layer[0].attention.self.mixer
+    for letter, linear in (("q", old.query), ("k", old.key), ("v", old.value)):
+        assert torch.equal(getattr(mixer, f"{letter}_proj").weight, linear.weight)
+        assert torch.equal(getattr(mixer, f"{letter}_proj").bias, linear.bias)
+    assert not report.rows[0].dropped
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_swapped_layers_learn_from_the_old_ones(kind):
+    model = build(kind).float()
+    report = swap(model, "linear")
+    old = {name: value.clone() for name, value in model.named_parameters()}
+    batches = [{"input_ids": IDS, "attention_mask": LEFT}]
+    done = distil(model, report, batches, layer_steps=12, whole_steps=0, console=Console(file=io.StringIO()))
+    assert set(done.layers) == set(report.swapped)
+    assert all(errors[-1] < 0.9 * errors[0] for errors in done.layers.values())
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, old[name])}
+    assert changed
+    assert all(name.startswith(tuple(report.swapped)) for name in changed)
+    report.undo()
+    assert all(torch.equal(value, old[name]) for name, value in model.named_parameters())

@@ -55,5 +55,13 @@ def test_any_mechanism_on_any_backbone() -> None:
 def test_bad_input() -> None:
     with pytest.raises(BadInput, match="change a ResNet"):
         built(backbone="poolformer_micro")
+    for dilations in ((1, 2), (1, 1, 0, 4), (2, 1, 1, 1)):
+        with pytest.raises(BadInput, match="dilations are 1 for the first stage"):
+            built(dilations=dilations)
+    for stem in ((8, 8), (8, 8, 0)):
+        with pytest.raises(BadInput, match="each of three convolutions"):
+            built(stem=stem)
+    with pytest.raises(BadInput, match="num_classes cannot be negative"):
+        built(num_classes=-1)
     with pytest.raises(BadInput, match="for restoration"):
         built(backbone="hat_micro")

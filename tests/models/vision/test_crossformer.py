@@ -109,6 +109,9 @@ def test_cooling_forgets_how_large_activations_are():
 def test_bad_input():
     with pytest.raises(BadInput, match="centred on patches of 4 places"):
         CrossScale(3, 8, (4, 7), 4)
+    for kernels, stride in (((), 4), ((4, 8), 0)):
+        with pytest.raises(BadInput, match="a kernel at least and a stride"):
+            CrossScale(3, 8, kernels, stride)
     with pytest.raises(BadInput, match="halve the channels 3 times, got 12"):
         CrossScale(3, 12, (4, 8, 16, 32), 4)
     with pytest.raises(BadInput, match="one for each of the 2 stages"):

@@ -133,3 +133,11 @@ def test_another_mechanism_in_each_branch():
     net = built(mixer=("linear", "softmax"))
     assert [stage.blocks[0].mixer.spec.name for stage in net.stages[0].branches] == ["linear", "softmax"]
     assert net(image()).isfinite().all()
+
+
+def test_maps_of_pictures_that_are_not_square():
+    net = models.create("crossvit_micro", features_only=True, img_size=(64, 96))
+    maps = net(torch.randn(1, 3, 64, 96))
+    assert [tuple(each.shape[2:]) for each in maps] == [(8, 12), (5, 7)]
+    assert net.strides == (8, 13)
+    assert net.backbone.stages[-1].exchange is None

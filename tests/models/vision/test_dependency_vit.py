@@ -5,6 +5,7 @@ import torch
 
 from attlas import Grid, models
 from attlas.analysis.trees import edges
+from attlas.blocks.positions import Rotary
 from attlas.core.errors import BadInput
 
 
@@ -91,8 +92,14 @@ def test_maps_of_lite_have_every_place_and_parents_stand_for_the_pruned():
         assert (torch.cdist(rest, picture, compute_mode="donot_use_mm_for_euclid_dist").min(1).values < 1e-10).all()
 
 
-def test_a_parent_is_whom_a_token_would_send_to_most():
-    block, grid = built().stages[1].blocks[0], Grid((36,))
+@pytest.mark.parametrize(
+    "settings", [{}, {"qk_norm": "rms"}, {"qk_activation": "silu"}, {"kv_heads": 1}, {"position": Rotary(32)}]
+)
+def test_a_parent_is_whom_a_token_would_send_to_most(settings):
+    block, grid = built(mixer_settings=settings).stages[1].blocks[0], Grid((36,))
+    with torch.no_grad():
+        for value in block.mixer.q_norm.parameters():
+            value.normal_()
     among = torch.rand(2, 36, generator=torch.Generator().manual_seed(3)) < 0.5
     found = block.parents(tokens(), grid, among)
     strengths = edges(block.mixer, block.norm1(tokens()), grid=grid)

@@ -103,17 +103,16 @@ def test_official_names(settings):
 
 
 def test_official_names_of_an_isotropic_network():
-    small = {"dim": 24, "heads": 2, "depth": 8, "img_size": 112}
-    net = models.create("dinat_isotropic_small", **small).eval()
+    net = models.create("dinat_isotropic_micro").eval()
     assert isinstance(net, Isotropic)
-    assert net.depths == [2, 2, 2, 2]
-    counted = re.compile(r"^layers\.(\d)\.blocks\.(\d)")
+    assert net.depths == [1, 1, 1, 1]
+    assert dilations(net) == [[1], [2]] * 2
     state = {
-        counted.sub(lambda found: f"layers.{2 * int(found[1]) + int(found[2])}", key): value
+        re.sub(r"^layers\.(\d)\.blocks\.0", r"layers.\1", key): value
         for key, value in official(net.state_dict(), "layers").items()
     }
-    assert "layers.7.attn.rpb" in state
-    again = models.create("dinat_isotropic_small", **small, weights=state, source="official").eval()
+    assert "layers.3.attn.rpb" in state
+    again = models.create("dinat_isotropic_micro", weights=state, source="official").eval()
     image = torch.randn(1, 3, 112, 112)
     assert torch.equal(again(image), net(image))
-    assert models.create("nat_isotropic_small", **small, mixer="flow").eval()(image).shape == (1, 1000)
+    assert models.create("nat_isotropic_micro", mixer="flow").eval()(image).shape == (1, 1000)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from attlas import Grid, models
+from attlas.core.errors import BadInput
 from tests.models.vision.official_names import assert_loads, picture, renamed, shaken
 
 LARGE = {"scale": 1e-4, "post_norm": True, "overlap": True}
@@ -85,6 +86,18 @@ def test_official_names(settings):
     official = {key: v[..., None, None] if key.endswith("modulation.h.weight") else v for key, v in official.items()}
     assert {"patch_embed.norm.bias", "layers.0.downsample.proj.weight", "head.bias"} <= set(official)
     assert_loads(net, "focalnet_micro", official, picture(64, 96), **settings)
+
+
+def test_weights_that_are_ours_already_stay_what_they_are():
+    focal = {"levels": 2, "normalize": True}
+    net = shaken("focalnet_micro", focal=focal)
+    again = models.create("focalnet_micro", num_classes=5, focal=focal, weights=net.state_dict(), source="timm")
+    assert all(
+        torch.equal(again.state_dict()[key], value.to(again.state_dict()[key]))
+        for key, value in net.state_dict().items()
+    )
+    with pytest.raises(BadInput, match="missing"):
+        models.create("focalnet_micro", focal=focal, weights={}, source="timm")
 
 
 def test_timms_modulator_is_not_divided():

@@ -84,3 +84,17 @@ def test_grids_are_those_that_a_mixer_sees():
     net = models.create("halonet_micro", mixer="swin", values=1)
     sites = [block.middle[0].attend.site.grid for block in (net.stages[0].blocks[1], net.stages[1].blocks[0])]
     assert sites == [Grid((8, 8)), Grid((8, 8))]
+
+
+def test_attention_with_a_stride_cannot_be_loaded_from_timm():
+    with torch.device("meta"):
+        net = models.create("halonet_micro")
+    with pytest.raises(BadInput, match=r"stages\.1\.blocks\.0\.middle\.0 is attention with a stride"):
+        models.load_weights(net, "halonet_micro", {}, "timm")
+
+
+def test_layers_are_the_attentions_of_a_stage():
+    with torch.device("meta"):
+        net = models.create("halonet_micro", mixer="swin", layout=("aca", "aa"), values=1, img_size=64)
+    sites = [layer.attend.site for layer in net.modules() if isinstance(layer, AttendMap)]
+    assert [(site.layer, site.layers) for site in sites] == [(0, 2), (1, 2)] * 2

@@ -9,6 +9,7 @@ from attlas import models
 from attlas.blocks.metaformer import MetaFormerBlock
 from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
+from attlas.mechanisms.local_sparse.swin import Swin
 from attlas.models.vision.hat import HybridBlock
 from attlas.ops.channel_attention import ChannelAttention, ChannelConvs
 
@@ -88,6 +89,16 @@ def test_published_biases_are_those_of_offsets() -> None:
     assert windowed[0, 7 + 2, 7 - 1] == (7 - 2) * 15 + 7 + 1  # published offsets are query - key
 
 
+def test_published_biases_of_other_windows_are_refused() -> None:
+    read, net = models.model("hat_micro").key_maps["official"], built()
+    key = "layers.0.residual_group.overlap_attn.relative_position_bias_table"
+    with pytest.raises(BadInput, match="361 offsets here, 225 in the checkpoint"):
+        read({key: torch.zeros(15 * 15, 2)}, net)
+    with pytest.raises(BadInput, match="square window, got 14"):
+        read({key: torch.zeros(14, 2)}, net)
+    assert read({key: torch.zeros(15 * 15, 2)}, built(overlapping=None))  # the list of missing weights names it
+
+
 def test_channel_attention_multiplies_every_place_alike() -> None:
     attention, x = ChannelAttention(6, 2), torch.randn(2, 5, 6)
     factors = attention(x) / x
@@ -96,9 +107,22 @@ def test_channel_attention_multiplies_every_place_alike() -> None:
     assert ChannelConvs(6, 3, 2)(torch.randn(2, 12, 6), Grid((3, 4))).shape == (2, 12, 6)
 
 
+def test_settings_of_the_mechanism_leave_the_published_ones() -> None:
+    mixers = [each for each in built(mixer_settings={"bias": False}).modules() if isinstance(each, Swin)]
+    assert {each.window for each in mixers} == {(8, 8)}
+    mixers = [group.stage.blocks[0].mixer for group in built(mixer_settings=[None, {"bias": False}]).groups]
+    assert [each.q_proj.bias is None for each in mixers] == [False, True]
+
+
+def test_every_group_begins_with_windows_that_are_not_shifted() -> None:
+    net = built(depth=3)
+    shifts = [[block.mixer.attend.shift for block in group.stage.blocks[:3]] for group in net.groups]
+    assert shifts == [[(0, 0), (4, 4), (0, 0)]] * 2
+
+
 def test_any_mechanism_stands_in_it() -> None:
     image = torch.rand(1, 3, 32, 32)
-    net = built(mixer=["flow", "neighborhood"], mixer_settings=None, overlapping="agent", img_size=32)
+    net = built(mixer=["flow", "neighborhood"], overlapping="agent", img_size=32)
     assert net(image).shape == (1, 3, 64, 64)
     assert net.groups[1].stage.blocks[0].mixer.spec.name == "neighborhood"
 
@@ -106,6 +130,10 @@ def test_any_mechanism_stands_in_it() -> None:
 def test_bad_input() -> None:
     with pytest.raises(BadInput, match="scale=6"):
         built(scale=6)
+    with pytest.raises(BadInput, match="squeeze it less"):
+        built(squeeze=48)
+    with pytest.raises(BadInput, match="between the convolutions"):
+        built(compress=48)
     with pytest.raises(BadInput, match="in_chans"):
         built()(torch.rand(1, 1, 32, 32))
     with pytest.raises(BadInput, match="no feature maps"):

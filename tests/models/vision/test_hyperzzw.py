@@ -1,11 +1,13 @@
 """Terminator: pixels all the way, other sizes of pictures, the loss between kernels."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import attlas
 from attlas import models
+from attlas.core.errors import BadInput
 from attlas.mechanisms.conv.hyperzzw import HyperZZW, slow_neural_loss
 from attlas.models.vision.hyperzzw import GroupStandardisation
 
@@ -52,6 +54,14 @@ def test_group_standardisation_mixes_pictures_and_batches() -> None:
 
 
 def test_any_mechanism_stands_in_it() -> None:
-    net = built(mixer=["pool", "flow"], mixer_settings=None, img_size=16)
+    net = built(mixer=["pool", "flow"], img_size=16)
     assert isinstance(net.stages[1].blocks[0].mixer, attlas.Mixer)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+    mixed = built(mixer=["hyperzzw", "pool"], img_size=16)
+    assert [each.spec.name for each in (stage.blocks[0].mixer for stage in mixed.stages)] == ["hyperzzw", "pool"]
+
+
+def test_blocks_give_channels() -> None:
+    for factors in ((), (4, 0)):
+        with pytest.raises(BadInput, match="factors name the channels"):
+            built(factors=factors)

@@ -4,6 +4,7 @@ import torch
 
 from attlas import models
 from attlas.core.grid import Grid
+from attlas.models.vision.l2vit import from_official
 from tests.models.vision.official_names import assert_loads, fused, picture, renamed, shaken
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -63,3 +64,11 @@ def test_windows_see_no_further_and_global_blocks_do() -> None:
         grid = Grid((16, 16))
         assert torch.equal(windows(x, grid)[:, :64], windows(moved, grid)[:, :64])
         assert not torch.equal(whole(x, grid)[:, :64], whole(moved, grid)[:, :64])
+
+
+def test_only_official_names_are_renamed() -> None:
+    net = shaken("l2vit_micro")
+    own = net.state_dict()
+    again = from_official(dict(own), net)
+    assert again.keys() == own.keys()
+    assert all(again[key] is value for key, value in own.items())

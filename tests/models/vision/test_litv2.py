@@ -58,3 +58,12 @@ def test_bad_input() -> None:
         models.create("litv2_micro", mixer=["hilo"] * 4)
     with pytest.raises(BadInput, match="alpha"):
         models.create("litv2_micro", alpha=1.5)
+
+
+def test_windows_larger_than_the_map_name_the_cure() -> None:
+    with pytest.raises(BadInput, match=r"windows of 2 places .* windows=\(1, 1\)"):
+        models.create("litv2_micro", img_size=16)
+    net = models.create("litv2_micro", windows=(1, 1), img_size=16).eval()
+    assert net(torch.randn(1, 3, 16, 16)).shape == (1, 1000)
+    with pytest.raises(BadInput, match="take one of at most 1"):
+        models.create("litv2_micro").eval()(torch.randn(1, 3, 16, 48))

@@ -116,3 +116,10 @@ def test_bad_input():
         built(bottleneck=49)
     with pytest.raises(BadInput, match="heads must divide"):
         TwoWayAttention(8, 3)
+
+
+def test_maps_of_pictures_that_are_not_square():
+    net = models.create("lookupvit_micro", features_only=True, img_size=(64, 96))
+    maps = net(torch.randn(1, 3, 64, 96))
+    assert [tuple(each.shape[2:]) for each in maps] == [(8, 12), (4, 4)]
+    assert net.strides == (8, 16)

@@ -92,6 +92,13 @@ def test_any_mechanism_stands_in_it() -> None:
     assert names == ["maxim", "flow", "softmax"]
 
 
+def test_settings_of_the_mechanism_leave_the_published_ones() -> None:
+    levels = built(mixer_settings={"cells": 2}).stages[0].shape.encoders
+    mixers = [level.stage.blocks[0].mixer for level in levels]
+    assert [each.across.mix.counts for each in mixers] == [(2, 2)] * 3
+    assert [each.within.mix.counts for each in mixers] == [(4, 4), (4, 4), (2, 2)]
+
+
 def test_names_of_checkpoints() -> None:
     kernel = torch.arange(2 * 2 * 3 * 5.0).view(2, 2, 3, 5)
     state = {

@@ -1,9 +1,11 @@
 """What MoH-ViT is beside what every network promises."""
 
+import pytest
 import torch
 
 import attlas
 from attlas import models
+from attlas.core.errors import BadInput
 from tests.models.vision.official_names import State, assert_loads, fused, picture, renamed, shaken
 
 
@@ -59,3 +61,9 @@ def test_the_balance_loss_is_a_mean_over_the_blocks_that_pick() -> None:
             torch.nn.init.zeros_(module.pick.weight)
     net(torch.randn(1, 3, 64, 64))
     assert torch.allclose(attlas.auxiliary_loss(net), torch.tensor(0.01 * 2), rtol=1e-4)  # K = 2 of even use
+
+
+def test_every_stage_is_told_of() -> None:
+    for name in ("dims", "heads", "shared", "active"):
+        with pytest.raises(BadInput, match=rf"^{name} .* of the 4 stages"):
+            models.create("moh_vit_micro", **{name: (2, 2)})

@@ -18,12 +18,22 @@ def built(**settings) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(("size", "millions", "gmacs"), [("xt", 16.45, 2.6), ("t", 33.47, 5.5)])
-def test_fused_it_has_the_published_size(size, millions, gmacs) -> None:
+@pytest.mark.parametrize(
+    ("size", "parameters", "gmacs", "printed"),
+    [
+        ("xt", 16_453_712, 2.678, None),  # printed as 2.6: without the sums under dynamic kernels it is 2.648
+        ("t", 33_467_040, 5.599, 5.5),
+        ("s", 56_156_452, 9.817, 9.7),
+        ("b", 94_942_528, 16.982, 16.7),
+    ],
+)
+def test_fused_it_has_the_published_size(size, parameters, gmacs, printed) -> None:
     with torch.device("meta"):
-        net = fuse(models.create(f"overlock_{size}"))
-        assert round(sum(value.numel() for value in net.parameters()) / 1e6, 2) == millions
-        assert macs(net, torch.empty(1, 3, 224, 224)) / 1e9 == pytest.approx(gmacs, rel=0.035)
+        net = fuse(models.create(f"overlock_{size}").eval())
+        found = macs(net, torch.empty(1, 3, 224, 224)) / 1e9
+    assert sum(value.numel() for value in net.parameters()) == parameters
+    assert found == pytest.approx(gmacs, abs=5e-4)
+    assert printed is None or found == pytest.approx(printed, rel=0.02)
 
 
 def test_fused_it_is_the_same_in_evaluation() -> None:
@@ -72,3 +82,8 @@ def test_checkpoints_with_branches_and_merged() -> None:
     }
     merged = {f"{name}lk_origin.weight": torch.zeros(8, 1, 5, 5), f"{name}lk_origin.bias": torch.zeros(8)}
     assert sorted(read(merged, net)) == [f"{local}merged.bias", f"{local}merged.weight"]
+
+
+def test_settings_of_the_mechanism_leave_the_published_ones() -> None:
+    mixers = [stage.blocks[0].mixer for stage in built(mixer_settings={"small": 3}).focus]
+    assert [(each.context, each.kernel, each.small) for each in mixers] == [(12, 5, 3), (12, 5, 3)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attlas import models
+from attlas.core.errors import BadInput
 from attlas.core.grid import Grid
 from attlas.models.vision.patnet import Attended, DistanceTable, SpatialGate, StyleGate
 from tests.models.vision.official_names import State, assert_loads, fused, picture, renamed, shaken
@@ -100,3 +101,9 @@ def test_counts_with_spatial_gates(name: str, spatial: int) -> None:
     with torch.device("meta"):
         net = models.create(name, spatial=True)
     assert sum(p.numel() for p in net.parameters()) == spatial
+
+
+def test_one_picture_in_training_is_refused() -> None:
+    net = models.create("patnet_micro").train()
+    with pytest.raises(BadInput, match="train with 2 at least"):
+        net(torch.randn(1, 3, 64, 64))

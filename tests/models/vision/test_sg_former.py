@@ -87,3 +87,15 @@ def test_another_mechanism_needs_no_pairs() -> None:
         models.create("sg_former_micro", depths=(2, 3, 2, 1))
     with pytest.raises(BadInput, match="groups"):
         models.create("sg_former_micro", mixer="sg_former", depths=(2, 2, 2, 2))
+
+
+def test_windows_larger_than_the_map_name_the_cure() -> None:
+    net = models.create("sg_former_micro", window=7, img_size=128).eval()
+    image = torch.randn(1, 3, 72, 128)
+    with pytest.raises(BadInput, match=r"windows of 7 places .* a grid 5x8: build the network with img_size="):
+        net(image)
+    small = models.create("sg_former_micro", window=7, img_size=(72, 128)).eval()
+    state = net.state_dict()
+    state["downsamples.0.places.weight"] = small.state_dict()["downsamples.0.places.weight"]
+    small.load_state_dict(state)
+    assert small(image).isfinite().all()

@@ -9,6 +9,7 @@ from torch import Tensor
 from attlas import models
 from attlas.blocks.embed import Downsample, PatchMerging, filled
 from attlas.core.errors import BadInput
+from attlas.core.grid import Grid
 
 
 def official(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,3 +122,38 @@ def test_bad_input():
         models.create("swin_micro", window=0)
     with pytest.raises(BadInput, match="img_size"):
         models.create("swin_micro", img_size=0)
+
+
+def test_what_follows_from_the_sizes_is_no_weight_in_either_map():
+    net = models.create("swin_micro")
+    state = official(net.state_dict())
+    timm = {}
+    for key, value in state.items():
+        key = re.sub(r"^layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", key)
+        timm[re.sub(r"^head\.", "head.fc.", key)] = value
+    assert any(key.endswith("attn_mask") for key in timm)
+    again = models.create("swin_micro", weights=timm, source="timm").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in net.state_dict().items())
+
+
+def test_every_stage_starts_with_windows_that_are_not_shifted():
+    net = models.create("swin_micro", img_size=64, depths=(1, 2))
+    assert [[block.mixer.attend.shift for block in stage.blocks] for stage in net.stages] == [
+        [(0, 0)],
+        [(0, 0), (2, 2)],
+    ]
+
+
+def test_shifted_windows_on_a_map_that_they_do_not_divide_are_masked_attention():
+    torch.manual_seed(0)
+    net = models.create("swin_micro", img_size=64).double()
+    layer, grid = net.stages[0].blocks[1].mixer, Grid((6, 11))
+    x = torch.randn(1, grid.tokens, 32, dtype=torch.float64)
+    q, k, v = (f(x).unflatten(2, (2, 16)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+    places = grid.places()
+    offsets = places - places[:, None] + 3
+    window = (places + 2) // 4  # of 4 places, the first border at 2
+    same = (window == window[:, None]).all(-1)
+    bias = layer.attend.relative_bias[:, offsets[..., 0].clamp(0, 6), offsets[..., 1].clamp(0, 6)]
+    o = (q @ k.mT / 4 + bias).masked_fill(~same, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(layer(x, grid=grid), layer.out_proj(o.transpose(1, 2).flatten(2)))

@@ -159,3 +159,9 @@ def test_bad_input():
         models.create("tnt_micro", patch=6)
     with pytest.raises(BadInput, match="64 x 64"):
         built()(torch.randn(1, 3, 60, 60, dtype=torch.float64))
+
+
+def test_drop_path_of_the_published_networks():
+    rates = {name: models.model(name).accepted["drop_path"] for name in models.models("tnt_*")}
+    assert rates.pop("tnt_micro") == 0
+    assert set(rates.values()) == {0.1}
