@@ -399,7 +399,8 @@ def _row(place: Place, built: _Built, put: Put) -> Row:
     carried = sum(each.numel() for name, each in new.items() if name not in fresh)
     if old and not carried:
         notes.append("none of its weights have a meaning here")
-    made_causal = place.causal_open and mechanism.site.causal
+    inner = built.inner.mechanism if isinstance(built.inner, Core) else built.inner
+    made_causal = place.causal_open and inner.site.causal
     if made_causal:
         notes.append("now causal whatever the call says")
     if fresh:

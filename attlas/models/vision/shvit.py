@@ -189,8 +189,7 @@ def shvit(
             name = next(names)
             heads = dims[i] // HEAD_DIM if dims[i] % HEAD_DIM == 0 else 1
             settings = {**({"attended": attended[i]} if name == "shvit" else {}), **next(given)}
-            start, layers = sum(depths[:i]), sum(depths)
-            mixers = stage_mixers(name, depths[i], dims[i], heads, Grid(size), settings, first=start, layers=layers)
+            mixers = stage_mixers(name, depths[i], dims[i], heads, Grid(size), settings)
         stages.append(Stage(Block(dims[i], each, rate) for each, rate in zip(mixers, rates[i], strict=True)))
     head = Head(dims[-1], num_classes, after=nn.BatchNorm1d)
     start_published(head)
