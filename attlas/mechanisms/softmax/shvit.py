@@ -53,7 +53,7 @@ SPEC = Spec(
     complexity="O(N² (D + P) + N C²) time",
     patterns=frozenset({Pattern.NONCAUSAL_SELF}),
     examples=(
-        Example(grid=(3, 4), parameters=_parameters(16, 3, 16)),
+        Example(grid=(3, 4), dim=32, parameters=_parameters(32, 7, 16)),
         Example(grid=(2, 3), prefix=1, params={"attended": 6, "key_dim": 4}, parameters=_parameters(16, 6, 4)),
     ),
 )

@@ -141,7 +141,7 @@ def moh_vit(
         own: dict[str, Any] = {}
         if names[i] in OWN:
             own = {"shared_heads": shared[i], "active_heads": active[i]}
-            own["balance"] = balance * sum(depths) / max(1, picking)
+            own["balance"] = balance * depths[i] / max(1, picking)  # the mechanism divides by its stage
         if names[i] == OWN[0]:
             own["reduction"] = REDUCTIONS[i]
         mixers = stage_mixers(
