@@ -28,6 +28,17 @@ def quantise_heads(x_BGMD: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().to(torch.int8), scales
 
 
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+def _check_shape(what: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise BadInput(f"{what} should be {shape}, got {tuple(x.shape)}")
+
+
+# Called for every token: what is not needed there costs more than it looks, since reading the cache has just driven
+# everything else out of the processor's.
 def _check(
     q: Tensor,
     k: Tensor,
@@ -40,12 +51,13 @@ def _check(
     window: int | None,
     sinks: int,
 ) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise BadInput(f"q is (B, H, N, D), the cache (B, G, M, D) and (B, G, M, E), got {shapes}")
-    batch, heads, queries, _ = q.shape
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise BadInput(f"query heads must be a multiple of key/value heads, got {shapes}")
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or k_shape[:3] != v_shape[:3] or q_shape[3] != k_shape[3]:
+        raise BadInput(f"q is (B, H, N, D), the cache (B, G, M, D) and (B, G, M, E), got {_shapes(q, k, v)}")
+    batch, heads, queries, _ = q_shape
+    sequences, groups, room, _ = k_shape
+    if groups < 1 or heads % groups:
+        raise BadInput(f"query heads must be a multiple of key/value heads, got {_shapes(q, k, v)}")
     if k.dtype != v.dtype or k.dtype not in (q.dtype, torch.int8):
         raise BadInput(f"the cache is {q.dtype} as the queries, or int8, got {k.dtype} and {v.dtype}")
     if (k.dtype == torch.int8) != (scales is not None):
@@ -54,25 +66,26 @@ def _check(
         raise BadInput(f"a window is at least 1 and needs causal=True, got {window}")
     if sinks < 0 or (sinks and window is None):
         raise BadInput(f"sinks are the first keys, seen beside a window, got {sinks} with window={window}")
-    if pages is None and k.shape[0] != batch:
-        raise BadInput(f"q and the cache need one batch size (or give pages), got {shapes}")
-    if pages is not None and (pages.ndim != 2 or pages.shape[0] != batch or pages.is_floating_point()):
-        raise BadInput(f"pages is (B, P), whole numbers, got {pages.dtype} {tuple(pages.shape)} with {shapes}")
-    room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
-    for what, x, shape in (
-        ("lengths", lengths, (batch,)),
-        ("keep", keep, (batch, room)),
-        ("the scales of keys", scales and scales[0], (batch, k.shape[1])),
-        ("the scales of values", scales and scales[1], (batch, k.shape[1])),
-    ):
-        if x is not None and x.shape != shape:
-            raise BadInput(f"{what} should be {shape}, got {tuple(x.shape)}")
-    if keep is not None and keep.dtype != torch.bool:
-        raise BadInput(f"keep is bool, True for real keys, got {keep.dtype}")
-    if keep is not None and pages is not None:
-        raise BadInput("keep goes with a cache that is not paged: leave padding out of the pages")
-    if scales is not None and pages is not None:
-        raise BadInput("the scales of an int8 cache belong to sequences, whose pages may be shared: do not page it")
+    if pages is None and sequences != batch:
+        raise BadInput(f"q and the cache need one batch size (or give pages), got {_shapes(q, k, v)}")
+    if pages is not None:
+        if pages.ndim != 2 or pages.shape[0] != batch or pages.is_floating_point():
+            found = f"{pages.dtype} {tuple(pages.shape)} with {_shapes(q, k, v)}"
+            raise BadInput(f"pages is (B, P), whole numbers, got {found}")
+        room *= pages.shape[1]
+    if lengths is not None:
+        _check_shape("lengths", lengths, (batch,))
+    if keep is not None:
+        _check_shape("keep", keep, (batch, room))
+        if keep.dtype != torch.bool:
+            raise BadInput(f"keep is bool, True for real keys, got {keep.dtype}")
+        if pages is not None:
+            raise BadInput("keep goes with a cache that is not paged: leave padding out of the pages")
+    if scales is not None:
+        _check_shape("the scales of keys", scales[0], (batch, groups))
+        _check_shape("the scales of values", scales[1], (batch, groups))
+        if pages is not None:
+            raise BadInput("the scales of an int8 cache belong to sequences, whose pages may be shared: do not page it")
     if torch.compiler.is_compiling():
         return  # what follows looks at values
     if lengths is None and room < queries:
@@ -219,13 +232,11 @@ def _cpu(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(q_BHND, k_BGMD, v_BGME, lengths_B, keep_BM, pages_BP, scales, causal, window, sinks)
-    room = k_BGMD.shape[2] * (1 if pages_BP is None else pages_BP.shape[1])
-    lengths = q_BHND.new_full((q_BHND.shape[0],), room, dtype=torch.int64) if lengths_B is None else lengths_B.long()
     return kernel.softmax_decode(
         q_BHND,
         k_BGMD,
         v_BGME,
-        lengths,
+        None if lengths_B is None else lengths_B.long(),
         keep_BM,
         None if pages_BP is None else pages_BP.int(),
         None if scales is None else (scales[0].float(), scales[1].float()),

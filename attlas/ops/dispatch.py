@@ -58,6 +58,10 @@ class Op:
             BackendUnavailable: `backend` names one that is unknown or refuses; no other is tried.
         """
         passed: list[tuple[str, str]] = []
+        chosen = self._choose(passed, backend, args, kwargs)
+        return chosen, Choice(self.name, chosen.name, tuple(passed))
+
+    def _choose(self, passed: list[tuple[str, str]], backend: str, args: Any, kwargs: Any) -> Backend:
         for candidate in self.backends:
             if backend not in ("auto", candidate.name):
                 passed.append((candidate.name, "not asked for"))
@@ -66,16 +70,17 @@ class Op:
             if reason is None and backend == "auto":
                 reason = candidate.yields(*args, **kwargs)
             if reason is None:
-                return candidate, Choice(self.name, candidate.name, tuple(passed))
+                return candidate
             passed.append((candidate.name, reason))
         names = "; ".join(f"{name}: {reason}" for name, reason in passed)
         raise BackendUnavailable(f"{self.name} cannot run on backend {backend!r} ({names})")
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         """Run the op on the backend that `choose` gives."""
-        chosen, choice = self.choose(backend, *args, **kwargs)
+        passed: list[tuple[str, str]] = []
+        chosen = self._choose(passed, backend, args, kwargs)
         if _log is not None:
-            _log.append(choice)
+            _log.append(Choice(self.name, chosen.name, tuple(passed)))
         return chosen.run(*args, **kwargs)
 
 

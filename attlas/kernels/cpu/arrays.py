@@ -1,7 +1,7 @@
 """How tensors are handed to the kernels, and what kernels cannot."""
 
-import ctypes
 import math
+import struct
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.ndim < 4 or x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def places(*arrays: Tensor | None) -> Any:
+def places(*arrays: Tensor | None) -> bytes:
     """Of each array its address and its strides of batch, head and token, as the kernels' `Array`; 0 for None.
 
     The caller keeps the tensors alive.
@@ -26,7 +26,7 @@ def places(*arrays: Tensor | None) -> Any:
     numbers: list[int] = []
     for x in arrays:
         numbers += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
-    return (ctypes.c_int64 * len(numbers))(*numbers)
+    return struct.pack(f"{len(numbers)}q", *numbers)
 
 
 def once_only(ctx: Any, *grads: Tensor) -> None:

@@ -25,11 +25,12 @@ namespace {
 
 using namespace attlas;
 
-constexpr int64_t TILE = 256;  // keys
-constexpr int GROUP = 4;       // rows that use a value while it is in a register
-constexpr int STRETCH = 16384;         // numbers of keys, then of values, that are read in one go
-constexpr int WEIGHTS = STRETCH / 64;  // room for those of a row and a block of keys
-constexpr int KEYS_AHEAD = 16384, VALUES_AHEAD = 8192;  // bytes, at which a stretch is asked for before it is read
+constexpr int64_t TILE = 256;   // keys
+constexpr int GROUP = 4;        // rows that use a key while it is in a register
+constexpr int STRETCH = 65536;  // bytes of keys, then of values, that are read in one go
+constexpr int WEIGHTS = 256;    // room for those of a row and a block of keys
+template <class Cache>
+constexpr int AHEAD = std::is_same_v<Cache, bf16> ? 8192 : 4096;  // bytes, at which a stretch is asked for before
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int64_t WORTH_THREADS = 1 << 17;  // bytes of cache that take longer than waking the other threads
 
@@ -38,7 +39,7 @@ int64_t padded(int64_t n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANE
 struct Problem {
     int64_t batch, heads, groups, queries, keys, key_size, value_size;
     int64_t window, sinks, page_size, pages;  // pages: of a sequence, in the table
-    const int64_t* lengths;                   // (batch)
+    const int64_t* lengths;                   // (batch), or null: all keys
     const int32_t* table;                     // (batch, pages): which page holds the next page_size keys; or null
     const uint8_t* keep;                      // (batch, keys), or null: all
     const float *key_scales, *value_scales;   // (batch, groups), of an int8 cache
@@ -62,7 +63,7 @@ struct Visible {
     int64_t length, first_query, sinks, start, count;
 
     Visible(const Problem& p, int64_t b)
-        : length(p.lengths[b]), first_query(length - p.queries),
+        : length(p.lengths ? p.lengths[b] : p.page_size ? p.pages * p.page_size : p.keys), first_query(length - p.queries),
           start(p.causal ? std::max<int64_t>(0, first_query - p.window + 1) : 0) {
         sinks = std::min(p.sinks, start);
         count = sinks + length - start;
@@ -121,13 +122,10 @@ struct Partial {
     }
 };
 
+// Up to LANES keys that lie anywhere, and their places in the sequence.
 template <class Cache>
-using Addresses = const Cache* [LANES];
-
-// LANES keys: their rows, and their places in the sequence. Where fewer are left, the last is repeated.
-template <class Rows>
 struct Step {
-    Rows k, v;
+    const Cache *k[LANES], *v[LANES];
     int64_t position[LANES];
     int n;
 };
@@ -150,30 +148,18 @@ struct Output {
     }
 
     // The next keys from i on that are kept, before end; moves i behind them.
-    void step(int64_t& i, int64_t end, Step<Addresses<Cache>>& s) const {
-        s.n = 0;
-        if (p.keep || p.table) {
-            for (; i < end && s.n < LANES; ++i) {
-                const int64_t place = visible.position(i);
-                if (!p.keep || p.keep[b * p.keys + place]) s.position[s.n++] = place;
-            }
-        } else {  // neighbours
+    void step(int64_t& i, int64_t end, Step<Cache>& s) const {
+        for (s.n = 0; i < end && s.n < LANES; ++i) {
             const int64_t place = visible.position(i);
-            const int64_t most = i < visible.sinks ? std::min(end, visible.sinks) - i : end - i;
-            s.n = int(std::min<int64_t>(most, LANES));
-            for (int j = 0; j < LANES; ++j) s.position[j] = place + j;
-            i += s.n;
-        }
-        if (!s.n) return;
-        for (int j = s.n; j < LANES; ++j) s.position[j] = s.position[s.n - 1];
-        for (int j = 0; j < LANES; ++j) {
-            int64_t sequence = b, token = s.position[j];
+            if (p.keep && !p.keep[b * p.keys + place]) continue;
+            int64_t sequence = b, token = place;
             if (p.table) {
-                sequence = p.table[b * p.pages + token / p.page_size];
-                token %= p.page_size;
+                sequence = p.table[b * p.pages + place / p.page_size];
+                token = place % p.page_size;
             }
-            s.k[j] = k.row<const Cache>(sequence, g, token);
-            s.v[j] = v.row<const Cache>(sequence, g, token);
+            s.k[s.n] = k.row<const Cache>(sequence, g, token);
+            s.v[s.n] = v.row<const Cache>(sequence, g, token);
+            s.position[s.n++] = place;
         }
     }
 };
@@ -187,68 +173,73 @@ struct Scratch {
         : queries(memory), keys(queries + rows * d), values(keys + LANES * d), weights(values + LANES * e) {}
 };
 
-// Copies rows as floats, with zeros behind them, and lets the pointers point to the copies.
-template <class Rows>
-ATTLAS_INLINE void convert(const Rows& rows, int n, int64_t size, float* out, int64_t stride, const float** copies) {
-    for (int j = 0; j < LANES; ++j) {
-        copies[j] = out + j * stride;
-        for (int64_t f = 0; j < n && f < size; f += LANES)
-            store(out + j * stride + f, load_first(rows[j] + f, int(size - f)));
-    }
-}
-
-template <class T>
-ATTLAS_INLINE vec dot_step(vec sum, const float* query, const T* key) {
-    return sum + load(query) * load(key);
-}
-
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 constexpr bool HAS_DOT = true;
 
-ATTLAS_INLINE vec dot_step(vec sum, const bf16* query, const bf16* key) {
+ATTLAS_INLINE vec multiply_add(vec sum, const bf16* query, const bf16* key) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(query), (__m512bh)_mm512_loadu_si512(key));
 }
 #else
 constexpr bool HAS_DOT = false;
 #endif
 
-// Rows that lie D apart, instead of their addresses.
-template <class T, int D>
-struct Near {
-    const T* first;
-    ATTLAS_INLINE_MEMBER const T* operator[](int j) const { return first + j * D; }
-};
+ATTLAS_INLINE vec multiply_add(vec sum, const float* query, const float* key) { return sum + load(query) * load(key); }
 
-// The scores of LANES keys under one query; size is whole registers. after(j, f) is called on the way.
-template <class Query, class Keys, class Size, class F>
-ATTLAS_INLINE vec score(const Query* query, const Keys& keys, Size size, F after) {
-    constexpr int64_t width = sizeof(vec) / sizeof(Query);
+// What products take: bfloat16 where the processor has dot products of it, else float.
+template <class Query>
+using Element = std::conditional_t<HAS_DOT && std::is_same_v<Query, bf16>, bf16, float>;
+
+// Copies a row of numbers that Element holds exactly.
+template <class Element, class Cache>
+ATTLAS_INLINE void copy_row(const Cache* row, int64_t size, Element* out) {
+    for (int64_t f = 0; f < size; f += LANES) {
+        const vec x = load_first(row + f, int(size - f));
+        if constexpr (std::is_same_v<Element, float>) {
+            store(out + f, x);
+        } else {
+            const vec_u16 top = __builtin_convertvector((vec_u32)x >> 16, vec_u16);
+            std::memcpy(out + f, &top, sizeof top);
+        }
+    }
+}
+
+// The scores of LANES keys under one query; they lie `size` apart, which is whole registers. ask(key) is called on the
+// way.
+template <class Element, class Size, class F>
+ATTLAS_INLINE vec score(const Element* query, const Element* keys, Size size, F ask) {
+    constexpr int64_t width = sizeof(vec) / sizeof(Element);
     vec sums[LANES] = {};
     for (int j = 0; j < LANES; ++j)
         for (int64_t f = 0; f < size; f += width) {
-            sums[j] = dot_step(sums[j], query + f, keys[j] + f);
-            after(j, f);
+            const Element* const key = keys + j * size + f;
+            sums[j] = multiply_add(sums[j], query + f, key);
+            ask(key);
         }
     return sum_rows(sums);
 }
 
-// As score for GROUP neighbouring queries: what is loaded of a key serves them all.
-template <class Query, class Keys, class Size, class F>
-ATTLAS_INLINE void score_group(const Query* query, int64_t stride, const Keys& keys, Size size, vec (&scores)[GROUP],
-                               F after) {
-    constexpr int64_t width = sizeof(vec) / sizeof(Query);
+// Hides a number from the compiler: unrolled, a loop of that length would need more registers than there are.
+ATTLAS_INLINE int64_t unknown(int64_t x) {
+    asm("" : "+r"(x));
+    return x;
+}
+
+// As score for GROUP queries: what is loaded of a key serves them all.
+template <class Element, class Size, class F>
+ATTLAS_INLINE void score_group(const Element* queries, const Element* keys, Size size, vec (&scores)[GROUP], F ask) {
+    constexpr int64_t width = sizeof(vec) / sizeof(Element);
     constexpr int PART = LANES / GROUP;  // keys at a time
 #pragma GCC unroll 1
     for (int part = 0; part < GROUP; ++part) {
         vec sums[LANES] = {};
-        for (int j = 0; j < PART; ++j)
-#pragma GCC unroll 1
-            for (int64_t f = 0; f < size; f += width) {
-                for (int r = 0; r < GROUP; ++r)
+        for (int64_t f = 0, end = unknown(size); f < end; f += width) {
+            const Element* const first = keys + part * PART * size + f;
+            for (int j = 0; j < PART; ++j) ask(first + f * (PART - 1) + j * width);  // as they lie in memory
+            for (int r = 0; r < GROUP; ++r)
+                for (int j = 0; j < PART; ++j)
                     sums[r * PART + j] =
-                        dot_step(sums[r * PART + j], query + r * stride + f, keys[part * PART + j] + f);
-                after(part * PART + j, f);
-            }
+                        multiply_add(sums[r * PART + j], queries + r * size + f, first + j * size);
+        }
         scores[part] = sum_rows(sums);  // lanes: query, key
     }
     // Blocks of PART lanes, by part and query, become those of a query by part.
@@ -259,56 +250,102 @@ ATTLAS_INLINE void score_group(const Query* query, int64_t stride, const Keys& k
     exchange<LANES / 4>(scores[2], scores[3], lanes);
 }
 
-// Two registers of features. Those of bfloat16 are the even and the odd ones, which costs least.
+const auto ask_nothing = [](const void*) {};
+
+// scores[r * WEIGHTS + j] = scale query_r . key_j for n keys, a multiple of LANES. ASKS: for the keys that follow.
+template <bool ASKS, class Element, class Size>
+ATTLAS_NOINLINE void score_rows(const Element* queries, int64_t rows, const Element* keys, int n, Size size,
+                                float scale, float* scores) {
+    const auto ask = [](const Element* key) {
+        if constexpr (ASKS) __builtin_prefetch(reinterpret_cast<const char*>(key) + AHEAD<Element>);
+    };
+    for (int j = 0; j < n; j += LANES) {
+        const Element* const step = keys + j * size;
+        int64_t row = 0;
+        const auto group = [&](auto how) {
+            vec of_group[GROUP];
+            score_group(queries + row * size, step, size, of_group, how);
+            for (int r = 0; r < GROUP; ++r, ++row) store(scores + row * WEIGHTS + j, of_group[r] * scale);
+        };
+        const auto one = [&](auto how) {
+            store(scores + row * WEIGHTS + j, score(queries + row * size, step, size, how) * scale);
+            ++row;
+        };
+        if (rows >= GROUP) group(ask);
+        else one(ask);
+        while (row + GROUP <= rows) group(ask_nothing);
+        while (row < rows) one(ask_nothing);
+    }
+}
+
+// Two registers of features. Those of bfloat16 are the first and the last four of every eight, which costs least.
 template <class T>
 ATTLAS_INLINE void load_two(const T* p, vec& first, vec& second) {
     first = load(p);
     second = load(p + LANES);
 }
 
-ATTLAS_INLINE void load_two(const bf16* p, vec& first, vec& second) {
-    vec_u32 both;
-    std::memcpy(&both, p, sizeof both);
-    first = (vec)(both << 16);
-    second = (vec)(both & 0xffff0000);
+typedef uint16_t words __attribute__((vector_size(LANES * 4)));
+
+// The first four of every eight words of low and of high in turn, and the last four: each pair of words one lane.
+template <std::size_t... I>
+ATTLAS_INLINE void pair_words(words low, words high, vec& first, vec& last, std::index_sequence<I...>) {
+    constexpr auto from = [](std::size_t i) { return i / 8 * 8 + i % 8 / 2 + i % 2 * 2 * LANES; };
+#if defined(__clang__)
+    first = (vec)__builtin_shufflevector(low, high, int(from(I))...);
+    last = (vec)__builtin_shufflevector(low, high, int(from(I) + 4)...);
+#else
+    first = (vec)__builtin_shuffle(low, high, words{uint16_t(from(I))...});
+    last = (vec)__builtin_shuffle(low, high, words{uint16_t(from(I) + 4)...});
+#endif
 }
 
-// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features. Several rows of bfloat16 take
-// two keys at a time, whose weights are rounded for it. Where values lie side by side, ASKS for those that follow.
-template <int ROWS, int PAIRS, bool ASKS, class Values>
-ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, const Values& values, int n, int64_t f) {
+ATTLAS_INLINE words load_words(const bf16* p) {
+    words x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+ATTLAS_INLINE void load_two(const bf16* p, vec& first, vec& second) {
+    pair_words(words{}, load_words(p), first, second, std::make_index_sequence<2 * LANES>());
+}
+
+// sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features of n values, an even number.
+// Those of bfloat16 are taken two at a time, and their weights are rounded for it.
+template <int ROWS, int PAIRS, class Element, class F>
+ATTLAS_INLINE void add_part(float* sum, int64_t size, const float* weights, const Element* values, int n, F ask) {
     vec acc[ROWS][2 * PAIRS];
     for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] = load(sum + r * stride + f + i * LANES);
-    const auto ask = [&](const auto* pair) {
-        if constexpr (ASKS)
-            for (unsigned line = 0; line < 2 * LANES * sizeof *pair; line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(pair) + VALUES_AHEAD + line);
-    };
-    int j = 0;
+        for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] = load(sum + r * size + i * LANES);
+    if constexpr (std::is_same_v<Element, float>) {
+#pragma GCC unroll 1
+        for (int j = 0; j < n; ++j, values += size) {
+            vec value[2 * PAIRS];
+            for (int i = 0; i < 2 * PAIRS; ++i) {
+                value[i] = load(values + i * LANES);
+                ask(values + i * LANES);
+            }
+            for (int r = 0; r < ROWS; ++r)
+                for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
+        }
+    } else {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-    using Cache = std::remove_cv_t<std::remove_pointer_t<std::decay_t<decltype(values[0])>>>;
-    if constexpr (ROWS > 1 && std::is_same_v<Cache, bf16>) {  // two keys at a time
-        uint32_t both[ROWS][WEIGHTS / 2];  // their weights
+        uint32_t both[ROWS][WEIGHTS / 2];  // weights of two keys
         for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i + 1 < n; i += 2 * LANES) {
-                const float* const row = weights + r * WEIGHTS + i;
+            for (int j = 0; j < n; j += 2 * LANES) {
+                const float* const row = weights + r * WEIGHTS + j;
                 const auto pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(row + LANES), (__m512)load(row));
-                std::memcpy(both[r] + i / 2, &pairs, sizeof pairs);
+                std::memcpy(both[r] + j / 2, &pairs, sizeof pairs);
             }
 #pragma GCC unroll 1
-        for (; j + 1 < n; j += 2) {
-            vec_u32 value[2 * PAIRS];
+        for (int j = 0; j < n; j += 2, values += 2 * size) {
+            vec value[2 * PAIRS];
             for (int i = 0; i < PAIRS; ++i) {
-                const bf16* const first = values[j] + f + 2 * i * LANES;
-                const bf16* const next = values[j + 1] + f + 2 * i * LANES;
-                vec_u32 low, high;
-                std::memcpy(&low, first, sizeof low);
-                std::memcpy(&high, next, sizeof high);
-                value[2 * i] = (low & 0xffff) | (high << 16);
-                value[2 * i + 1] = (low >> 16) | (high & 0xffff0000);
+                const Element* const first = values + 2 * i * LANES;
+                pair_words(load_words(first), load_words(first + size), value[2 * i], value[2 * i + 1],
+                           std::make_index_sequence<2 * LANES>());
                 ask(first);
-                ask(next);
+                ask(first + size);
             }
             for (int r = 0; r < ROWS; ++r) {
                 const auto weight = (__m512bh)_mm512_set1_epi32(int(both[r][j / 2]));
@@ -316,42 +353,54 @@ ATTLAS_INLINE void add_part(float* sum, int64_t stride, const float* weights, co
                     acc[r][i] = (vec)_mm512_dpbf16_ps((__m512)acc[r][i], weight, (__m512bh)value[i]);
             }
         }
-    }
 #endif
-#pragma GCC unroll 1
-    for (; j < n; ++j) {
-        vec value[2 * PAIRS];
-        for (int i = 0; i < PAIRS; ++i) {
-            const auto* const pair = values[j] + f + 2 * i * LANES;
-            load_two(pair, value[2 * i], value[2 * i + 1]);
-            ask(pair);
-        }
-        for (int r = 0; r < ROWS; ++r)
-            for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int i = 0; i < 2 * PAIRS; ++i) store(sum + r * stride + f + i * LANES, acc[r][i]);
+        for (int i = 0; i < 2 * PAIRS; ++i) store(sum + r * size + i * LANES, acc[r][i]);
 }
 
-template <int ROWS, bool ASKS = false, class Values>
-ATTLAS_INLINE void add_values(float* sum, int64_t stride, const float* weights, const Values& values, int n) {
+// Whole values where the registers hold their sums: memory is read as it lies.
+template <int ROWS, class Element, class Size, class F>
+ATTLAS_INLINE void add_whole(float* sum, Size size, const float* weights, const Element* values, int n, F ask) {
     int64_t f = 0;
-    if constexpr (ROWS <= 2)  // whole values where the registers hold their sums: memory is read as it lies
-        for (; f + 8 * LANES <= stride; f += 8 * LANES) add_part<ROWS, 4, ASKS>(sum, stride, weights, values, n, f);
-    for (; f + 4 * LANES <= stride; f += 4 * LANES) add_part<ROWS, 2, ASKS>(sum, stride, weights, values, n, f);
-    for (; f < stride; f += 2 * LANES) add_part<ROWS, 1, ASKS>(sum, stride, weights, values, n, f);
+    if constexpr (ROWS == 1 || LANES == 16)
+        for (; f + 8 * LANES <= size; f += 8 * LANES) add_part<ROWS, 4>(sum + f, size, weights, values + f, n, ask);
+    for (; f + 4 * LANES <= size; f += 4 * LANES) add_part<ROWS, 2>(sum + f, size, weights, values + f, n, ask);
+    for (; f < size; f += 2 * LANES) add_part<ROWS, 1>(sum + f, size, weights, values + f, n, ask);
+}
+
+// sum[r] += sum_j weights[r][j] values[j] for n values, a multiple of LANES, that lie `size` apart as the sums do, whole
+// pairs of registers. ASKS: for the values that follow.
+template <bool ASKS, class Element, class Size>
+ATTLAS_NOINLINE void add_rows(float* sum, int64_t rows, const float* weights, const Element* values, int n, Size size) {
+    const auto ask = [](const Element* value) {
+        if constexpr (ASKS) __builtin_prefetch(reinterpret_cast<const char*>(value) + AHEAD<Element>);
+    };
+    int64_t row = 0;
+    const auto add = [&](auto count, auto how) {
+        add_whole<count()>(sum + row * size, size, weights + row * WEIGHTS, values, n, how);
+        row += count();
+    };
+    constexpr std::integral_constant<int, 2> two;
+    constexpr std::integral_constant<int, 1> one;
+    if (rows >= 2) add(two, ask);
+    else add(one, ask);
+    while (row + 2 <= rows) add(two, ask_nothing);
+    if (row < rows) add(one, ask_nothing);
 }
 
 template <class Query, class Cache>
 struct Worker {
-    static constexpr bool CAN_DOT = HAS_DOT && std::is_same_v<Query, bf16> && std::is_same_v<Cache, bf16>;
+    using E = Element<Query>;
     const Problem& p;
     const Array* arrays;
     Scratch scratch;
 
     int64_t d() const { return padded(p.key_size); }
     float* weights(int64_t row) const { return scratch.weights + row * WEIGHTS; }
-    bool dots() const { return CAN_DOT && p.key_size % (2 * LANES) == 0; }
+    E* queries() const { return reinterpret_cast<E*>(scratch.queries); }
+    E* keys() const { return reinterpret_cast<E*>(scratch.keys); }
+    E* values() const { return reinterpret_cast<E*>(scratch.values); }
 
     // Attends to keys [begin, end) of those that an output sees.
     void attend(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
@@ -366,173 +415,120 @@ struct Worker {
     // follows is asked for on the way, the keys among the dot products and the values among the sums.
     template <int D>
     void attend_near(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
-        constexpr int STEPS = STRETCH / (LANES * D);
-        constexpr int KEYS = STEPS * LANES, AHEAD = KEYS_AHEAD / (LANES * D * sizeof(Cache));
+        constexpr int KEYS = std::min<int>(WEIGHTS, STRETCH / (D * sizeof(Cache)));
+        constexpr std::integral_constant<int64_t, D> size;
         const int64_t first = output.visible.first_query, last = first + p.queries - 1;
-        for (int64_t i = begin; i < end;) {
+        for (int64_t i = begin; i < end; i += KEYS) {
             const int64_t place = output.visible.position(i), final = place + KEYS - 1;
             if (i + KEYS > end || output.visible.position(i + KEYS - 1) != final ||
                 !all_see(p, first, last, place, final)) {
-                const int64_t stop = std::min(end, i + KEYS);
-                attend_any(output, i, stop, partial);
-                i = stop;
+                attend_any(output, i, std::min(end, i + KEYS), partial);
                 continue;
             }
-            const Cache* const k = output.k.template row<const Cache>(output.b, output.g, place);
-            const Cache* const v = output.v.template row<const Cache>(output.b, output.g, place);
-            const auto step = [&](int number) {
-                const int64_t offset = int64_t(number) * LANES * D;
-                return Step<Near<Cache, D>>{{k + offset}, {v + offset}, {}, LANES};
+            const auto score = [&](auto asks, const E* rows, int j, int n) {
+                score_rows<asks()>(queries(), p.rows(), rows, n, size, output.scale, weights(0) + j);
             };
-            for (int number = 0; number < STEPS; ++number)
-                take(output, step(number), step(number + AHEAD), std::integral_constant<int64_t, D>(), number);
-            weigh<STEPS>(partial);
-            add(output, Step<Near<Cache, D>>{{k}, {v}, {}, KEYS}, partial);
-            i += KEYS;
+            const auto add = [&](auto asks, const E* rows, int j, int n) {
+                add_rows<asks()>(partial.sum, p.rows(), weights(0) + j, rows, n, size);
+            };
+            in_parts<D>(output.k.template row<const Cache>(output.b, output.g, place), KEYS, keys(), score);
+            weigh(KEYS, partial);
+            in_parts<D>(output.v.template row<const Cache>(output.b, output.g, place), KEYS, values(), add);
         }
     }
 
+    // Calls run with n rows that lie side by side, as they are or in copies of LANES rows.
+    template <int D, class F>
+    ATTLAS_INLINE_MEMBER void in_parts(const Cache* rows, int n, E* copies, F run) const {
+        if constexpr (std::is_same_v<Cache, E>) return run(std::true_type(), rows, 0, n);
+        else
+            for (int j = 0; j < n; j += LANES) {
+                for (int row = 0; row < LANES; ++row, rows += D) {
+                    copy_row(rows, D, copies + row * D);
+                    for (std::size_t line = 0; line < D * sizeof(Cache); line += 64)
+                        __builtin_prefetch(reinterpret_cast<const char*>(rows) + AHEAD<Cache> + line);
+                }
+                run(std::false_type(), copies, j, LANES);
+            }
+    }
+
+    // Keys that lie anywhere, or that not all rows see.
     void attend_any(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
-        Step<Addresses<Cache>> steps[2];
+        const int64_t rows = p.rows(), first = output.visible.first_query, last = first + p.queries - 1;
+        Step<Cache> steps[2];
         int64_t i = begin;
         output.step(i, end, steps[0]);
-        for (int now = 0; steps[now].n; now = 1 - now) {
-            output.step(i, end, steps[1 - now]);
-            take(output, steps[now], steps[1 - now], (p.key_size + LANES - 1) / LANES * LANES, 0);
-            weigh<1>(partial);
-            add(output, steps[now], partial);
+        for (int turn = 0; steps[turn].n; turn = 1 - turn) {
+            const Step<Cache>&now = steps[turn], &next = steps[1 - turn];
+            output.step(i, end, steps[1 - turn]);
+            gather(now.k, now.n, next.k, next.n, p.key_size, d(), keys());
+            gather(now.v, now.n, next.v, next.n, p.value_size, partial.size, values());
+            score_rows<false>(queries(), rows, keys(), LANES, d(), output.scale, weights(0));
+            const bool open = all_see(p, first, last, now.position[0], now.position[now.n - 1]);
+            const auto hidden = [&](int64_t row, int j) {
+                return j >= now.n || !sees(p, first + row % p.queries, now.position[j]);
+            };
+            if (!open || now.n < LANES)
+                for (int64_t row = 0; row < rows; ++row)
+                    for (int j = 0; j < LANES; ++j)
+                        if (hidden(row, j)) weights(row)[j] = -INFINITY;
+            weigh(LANES, partial);
+            if (open) {
+                add_rows<false>(partial.sum, rows, weights(0), values(), LANES, partial.size);
+                continue;
+            }
+            for (int64_t row = 0; row < rows; ++row)  // what a row may not see is not multiplied at all: it may be infinite
+                for (int j = 0; j < now.n; ++j)
+                    if (!hidden(row, j))
+                        add_value(partial.sum + row * partial.size, weights(row)[j], values() + j * partial.size,
+                                  partial.size);
         }
     }
 
-    int64_t row_position(const Output<Cache>& output, int64_t row) const {
-        return output.visible.first_query + row % p.queries;
+    // Copies n rows that lie anywhere to where they lie `stride` apart, with zeros behind the last, and asks for others.
+    void gather(const Cache* const* rows, int n, const Cache* const* others, int count, int64_t size, int64_t stride,
+                E* out) const {
+        for (int j = 0; j < n; ++j) {
+            copy_row(rows[j], size, out + j * stride);
+            if (j < count) prefetch(others[j], int(size));
+        }
+        std::memset(out + n * stride, 0, (LANES - n) * stride * sizeof(E));
     }
 
-    // Rows are the queries of the heads of the group. For dot products of bfloat16 they stay as they are.
+    // sum += weight value
+    static void add_value(float* sum, float weight, const E* value, int64_t size) {
+        for (int64_t f = 0; f < size; f += 2 * LANES) {
+            vec first, second;
+            load_two(value + f, first, second);
+            store(sum + f, load(sum + f) + weight * first);
+            store(sum + f + LANES, load(sum + f + LANES) + weight * second);
+        }
+    }
+
+    // Rows are the queries of the heads of the group.
     void pack_queries(const Output<Cache>& output) const {
         for (int64_t row = 0; row < p.rows(); ++row) {
             const int64_t h = output.g * (p.heads / p.groups) + row / p.queries;
-            const Query* query = arrays[0].row<const Query>(output.b, h, row % p.queries);
-            float* out = scratch.queries + row * d();
-            if (dots()) std::memcpy(out, query, p.key_size * sizeof(Query));
-            else
-                for (int64_t f = 0; f < d(); f += LANES)
-                    store(out + f, f < p.key_size ? load_first(query + f, int(p.key_size - f)) : vec{});
+            copy_row(arrays[0].row<const Query>(output.b, h, row % p.queries), p.key_size, queries() + row * d());
         }
     }
 
-    // The scores of a step's keys, as the step of that number within a block.
-    template <class Keys, class Size>
-    ATTLAS_INLINE_MEMBER void take(const Output<Cache>& output, const Step<Keys>& step, const Step<Keys>& next,
-                                   Size size, int number) const {
-        if constexpr (CAN_DOT) {
-            if (dots()) {
-                const auto queries = reinterpret_cast<const bf16*>(scratch.queries);
-                return score_rows(output, step, next, queries, 2 * d(), step.k, size, number);
-            }
-        }
-        // Where several rows need it, a key is converted once.
-        if (p.key_size % LANES || (p.rows() > 2 && !std::is_same_v<Cache, float>)) {
-            const float* copies[LANES];
-            convert(step.k, step.n, p.key_size, scratch.keys, d(), copies);
-            score_rows(output, step, next, scratch.queries, d(), copies, size, number);
-        } else {
-            score_rows(output, step, next, scratch.queries, d(), step.k, size, number);
-        }
-    }
-
-    // Whether every row sees every key of the step.
-    bool open(const Output<Cache>& output, const Step<Addresses<Cache>>& step) const {
-        const int64_t first = output.visible.first_query;
-        return all_see(p, first, first + p.queries - 1, step.position[0], step.position[step.n - 1]);
-    }
-    template <int D>
-    bool open(const Output<Cache>&, const Step<Near<Cache, D>>&) const {
-        return true;
-    }
-
-    // On the way the keys of the step `next` are asked for, a line at a time (and its values, where they lie anywhere):
-    // many requests at once would hold up what follows.
-    template <class Q, class Given, class Keys, class Size>
-    ATTLAS_INLINE_MEMBER void score_rows(const Output<Cache>& output, const Step<Given>& step, const Step<Given>& next,
-                                         const Q* queries, int64_t stride, const Keys& keys, Size size,
-                                         int number) const {
-        const bool hides = step.n < LANES || !open(output, step);
-        const auto finish = [&](int64_t row, vec scores) {
-            scores *= output.scale;
-            if (hides)
-                for (int j = 0; j < LANES; ++j)
-                    if (j >= step.n || !sees(p, row_position(output, row), step.position[j])) scores[j] = -INFINITY;
-            store(weights(row) + number * LANES, scores);
-        };
-        const auto ask = [&](int j, int64_t f) {
-            __builtin_prefetch(next.k[j] + f);
-            if constexpr (std::is_same_v<Given, Addresses<Cache>>) __builtin_prefetch(next.v[j] + f);
-        };
-        const auto nothing = [](int, int64_t) {};
-        int64_t row = 0;
-        const auto group = [&](auto after) {
-            vec scores[GROUP];
-            score_group(queries + row * stride, stride, keys, size, scores, after);
-            for (int r = 0; r < GROUP; ++r) finish(row + r, scores[r]);
-            row += GROUP;
-        };
-        if (p.rows() >= GROUP) group(ask);
-        else finish(row++, score(queries, keys, size, ask));
-        while (row + GROUP <= p.rows()) group(nothing);
-        for (; row < p.rows(); ++row) finish(row, score(queries + row * stride, keys, size, nothing));
-    }
-
-    // Turns the scores of a block into weights, relative to the largest score so far of each row.
-    template <int STEPS>
-    ATTLAS_INLINE_MEMBER void weigh(Partial& partial) const {
+    // Turns the scores of a block of n keys into weights, relative to the largest score so far of each row.
+    void weigh(int n, Partial& partial) const {
         for (int64_t row = 0; row < p.rows(); ++row) {
             float* const block = weights(row);
             vec most = load(block);
-            for (int i = 1; i < STEPS; ++i) most = max(most, load(block + i * LANES));
+            for (int j = LANES; j < n; j += LANES) most = max(most, load(block + j));
             if (any(most > partial.largest[row])) partial.raise(row, largest_lane(most));
-            const float largest = partial.largest[row];
+            const float largest = partial.largest[row] == -INFINITY ? 0.0f : partial.largest[row];
             vec total = load(partial.total + row * LANES);
-            for (int i = 0; i < STEPS; ++i) {
-                const vec weight = exp2(load(block + i * LANES) - (largest == -INFINITY ? 0.0f : largest));
-                store(block + i * LANES, weight);
+            for (int j = 0; j < n; j += LANES) {
+                const vec weight = exp2(load(block + j) - largest);
+                store(block + j, weight);
                 total += weight;
             }
             store(partial.total + row * LANES, total);
         }
-    }
-
-    template <class Given>
-    ATTLAS_INLINE_MEMBER void add(const Output<Cache>& output, const Step<Given>& step, Partial& partial) const {
-        if (p.value_size % (2 * LANES) == 0) return add(output, step, step.v, partial);
-        const float* copies[LANES];
-        convert(step.v, step.n, p.value_size, scratch.values, partial.size, copies);
-        add(output, step, copies, partial);
-    }
-
-    template <class Given, class Values>
-    ATTLAS_INLINE_MEMBER void add(const Output<Cache>& output, const Step<Given>& step, const Values& values,
-                                  Partial& partial) const {
-        const auto sum = [&](int64_t row) { return partial.sum + row * partial.size; };
-        int64_t row = 0;
-        if constexpr (std::is_same_v<Given, Addresses<Cache>>)
-            if (!open(output, step))  // what a query may not see is not multiplied at all: it may be infinite
-                for (; row < p.rows(); ++row)
-                    for (int j = 0; j < step.n; ++j)
-                        if (sees(p, row_position(output, row), step.position[j]))
-                            add_values<1>(sum(row), partial.size, weights(row) + j, values + j, 1);
-        constexpr bool NEAR = !std::is_same_v<Given, Addresses<Cache>>;
-        const auto add_rows = [&](auto rows, auto asks) {
-            add_values<rows(), asks()>(sum(row), partial.size, weights(row), values, step.n);
-            row += rows();
-        };
-        constexpr int TOGETHER = NEAR && CAN_DOT ? 2 : GROUP;  // of two rows the registers hold all sums
-        constexpr std::integral_constant<int, TOGETHER> group;
-        constexpr std::integral_constant<int, 1> one;
-        if (NEAR && p.rows() >= TOGETHER) add_rows(group, std::bool_constant<NEAR>());  // the first rows ask for all
-        else if (NEAR) add_rows(one, std::bool_constant<NEAR>());
-        while (row + TOGETHER <= p.rows()) add_rows(group, std::false_type());
-        while (row < p.rows()) add_rows(one, std::false_type());
     }
 };
 
@@ -548,11 +544,11 @@ void finish(const Problem& p, const Array* arrays, int64_t index, const Partial&
         const float factor = total == 0 ? 0 : value_scale / total;
         Query* const o = arrays[3].row<Query>(b, h, n);
         float* const sum = partial.sum + row * partial.size;
-        if (std::is_same_v<Cache, bf16> && p.value_size % (2 * LANES) == 0)  // as load_two has them
-            for (int64_t f = 0; f < p.value_size; f += 2 * LANES) {
-                float even[2 * LANES];
-                std::copy_n(sum + f, 2 * LANES, even);
-                for (int i = 0; i < 2 * LANES; ++i) sum[f + i] = even[i / 2 + i % 2 * LANES];
+        if (std::is_same_v<Element<Query>, bf16>)  // as load_two has them
+            for (int64_t f = 0; f < partial.size; f += 2 * LANES) {
+                float paired[2 * LANES];
+                std::copy_n(sum + f, 2 * LANES, paired);
+                for (int i = 0; i < 2 * LANES; ++i) sum[f + i] = paired[i / 8 * 4 + i % 4 + i % 8 / 4 * LANES];
             }
         for (int64_t f = 0; f < p.value_size; f += LANES)
             store_first(o + f, load(sum + f) * factor, int(p.value_size - f));

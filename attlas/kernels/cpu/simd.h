@@ -16,6 +16,7 @@
 
 #define ATTLAS_INLINE static inline __attribute__((always_inline))
 #define ATTLAS_INLINE_MEMBER inline __attribute__((always_inline))
+#define ATTLAS_NOINLINE static __attribute__((noinline))
 
 namespace attlas {
 
@@ -234,14 +235,37 @@ ATTLAS_INLINE void transpose(vec (&rows)[LANES]) {
     if constexpr (HALF > 1) transpose<HALF / 2>(rows);
 }
 
-// Lane i of the result is the sum over the lanes of rows[i].
-template <int HALF = LANES / 2>
+// Within every four lanes: the first two of a and of b in turn, and the last two. UNIT: how many lanes stay together.
+template <int UNIT, std::size_t... I>
+ATTLAS_INLINE void zip(vec& a, vec& b, std::index_sequence<I...>) {
+    constexpr auto from = [](std::size_t i) {  // of the first half; the lanes of b are numbered behind those of a
+        return i / 4 * 4 + (UNIT == 1 ? i % 4 / 2 + i % 2 * LANES : i % 2 + i % 4 / 2 * LANES);
+    };
+#if defined(__clang__)
+    const vec first = __builtin_shufflevector(a, b, int(from(I))...);
+    const vec last = __builtin_shufflevector(a, b, int(from(I) + 2)...);
+#else
+    const vec first = __builtin_shuffle(a, b, vec_u32{uint32_t(from(I))...});
+    const vec last = __builtin_shuffle(a, b, vec_u32{uint32_t(from(I) + 2)...});
+#endif
+    a = first;
+    b = last;
+}
+
+// Lane i of the result is the sum over the lanes of rows[i]. What crosses groups of four lanes costs most and comes
+// last, when few registers are left.
 ATTLAS_INLINE vec sum_rows(vec (&rows)[LANES]) {
-    for (int i = 0; i < HALF; ++i) {
-        exchange<HALF>(rows[i], rows[i + HALF], std::make_index_sequence<LANES>());
-        rows[i] += rows[i + HALF];
-    }
-    if constexpr (HALF > 1) return sum_rows<HALF / 2>(rows);
+    constexpr auto lanes = std::make_index_sequence<LANES>();
+    const auto halve = [&](int count, auto mix) {
+        for (int i = 0; i < count; ++i) {
+            mix(rows[2 * i], rows[2 * i + 1]);
+            rows[i] = rows[2 * i] + rows[2 * i + 1];
+        }
+    };
+    halve(LANES / 2, [&](vec& a, vec& b) { zip<1>(a, b, lanes); });
+    halve(LANES / 4, [&](vec& a, vec& b) { zip<2>(a, b, lanes); });
+    if constexpr (LANES >= 8) halve(LANES / 8, [&](vec& a, vec& b) { exchange<4>(a, b, lanes); });
+    if constexpr (LANES >= 16) halve(LANES / 16, [&](vec& a, vec& b) { exchange<8>(a, b, lanes); });
     return rows[0];
 }
 
