@@ -37,7 +37,7 @@ def softmax_decode(
     """
     key_scales, value_scales = (None, None) if scales is None else scales
     reach = UNLIMITED if window is None else window
-    return torch.ops.attlas.softmax_decode(
+    return _operator(
         q_BHND, k, v, lengths_B, keep_BM, pages_BP, key_scales, value_scales, scale, causal, reach, sinks
     )
 
@@ -50,8 +50,12 @@ def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"it computes in float32 or bfloat16, not {q.dtype}"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "it has no gradient"
-    usable, detail = build.status("decode")
+    usable, detail = _status()
     return None if usable else detail
+
+
+_status = functools.cache(functools.partial(build.status, "decode"))  # asked at every layer of every token
+_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _SIZES = ("batch", "heads", "groups", "queries", "keys", "key_size", "value_size")
@@ -145,6 +149,9 @@ def _decode_fake(
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*q.shape[:3], dtype=torch.float32)
+
+
+_operator = torch.ops.attlas.softmax_decode.default
 
 
 # Lengths are data, so that every key of the cache counts as visible.
