@@ -124,6 +124,18 @@ def test_pages(backend, page_size):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_full_pages_need_no_lengths(backend):
+    q, k, v = tensors(2, 4, 2, 1, 60, 16, 24, torch.float32)
+    pages = torch.tensor([[2, 0, 1], [5, 3, 4]])
+    caches = [torch.empty(6, 2, 20, x.shape[3]) for x in (k, v)]
+    for cache, x in zip(caches, (k, v), strict=True):
+        cache[pages] = x.unflatten(2, (3, 20)).transpose(1, 2)
+    expected, _ = softmax_decode(q.double(), k.double(), v.double(), backend="oracle")
+    o, _ = softmax_decode(q, *caches, pages_BP=pages, backend=backend)
+    assert relative_rms(o, expected) < TOLERANCE[backend][torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "size"), [(2, 32), (8, 32), (6, 20), (2, 64), (8, 128)])
 def test_int8_cache(backend, dtype, heads, size):
@@ -140,9 +152,10 @@ def test_int8_cache(backend, dtype, heads, size):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_hidden_may_be_anything(backend, bad):
-    q, k, v = tensors(2, 4, 2, 1, 300, 32, 32, torch.float32)
+def test_what_is_hidden_may_be_anything(backend, dtype, bad):
+    q, k, v = tensors(2, 4, 2, 1, 300, 32, 32, dtype)
     lengths, keep = torch.tensor([280, 100]), torch.arange(300).expand(2, -1) != 17
     kwargs = {"window": 60, "sinks": 20, "keep_BM": keep}
     expected = softmax_decode(q, k, v, lengths, backend=backend, **kwargs)[0]
@@ -156,8 +169,24 @@ def test_what_is_hidden_may_be_anything(backend, bad):
     assert torch.equal(softmax_decode(q, k, v, lengths, backend=backend, **kwargs)[0], expected)
 
 
-def test_what_a_later_query_sees_does_not_reach_an_earlier_one():
-    q, k, v = tensors(1, 2, 2, 3, 50, 16, 16, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("keys", "size"), [(50, 16), (300, 64)])
+def test_what_one_head_sees_does_not_reach_the_others(dtype, keys, size, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one worker takes a short sequence after the long one
+    q, k, v = tensors(2, 6, 3, 1, keys, size, size, dtype)
+    lengths = torch.tensor([keys, 5])
+    expected = softmax_decode(q, k, v, lengths, backend="cpu")[0]
+    k[0, 2], v[0, 2] = math.nan, math.inf
+    o = softmax_decode(q, k, v, lengths, backend="cpu")[0]
+    changed = torch.zeros(2, 6, dtype=torch.bool)
+    changed[0, 4:] = True
+    assert torch.equal(o[~changed], expected[~changed])
+    assert o[changed].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_later_query_sees_does_not_reach_an_earlier_one(dtype):
+    q, k, v = tensors(1, 2, 2, 3, 50, 16, 16, dtype)
     expected = softmax_decode(q, k, v, backend="cpu")[0]
     k[:, :, -1], v[:, :, -1] = math.nan, math.nan
     o = softmax_decode(q, k, v, backend="cpu")[0]
@@ -213,6 +242,17 @@ def test_as_an_operator():
     lengths = torch.tensor([9, 4])
     arguments = (q, k, v, lengths, None, None, None, None, 0.5, True, kernel.UNLIMITED, 0)
     library.opcheck(torch.ops.attlas.softmax_decode, arguments)
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.mT.contiguous().mT], ids=["rows", "columns"])
+def test_a_prepared_call_writes_what_the_operator_returns(layout):
+    q, k, v = (layout(x) for x in tensors(2, 4, 2, 1, 300, 64, 64, torch.float32))
+    run, o, lse, _kept = kernel.prepare(q, k, v, scale=0.125)
+    o.zero_()
+    assert run() == 0
+    expected, expected_lse = softmax_decode(q, k, v, backend="cpu")
+    assert torch.equal(o, expected)
+    assert torch.equal(lse, expected_lse)
 
 
 def test_it_refuses_gradients():

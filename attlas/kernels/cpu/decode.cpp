@@ -29,6 +29,7 @@ constexpr int64_t TILE = 256;   // keys
 constexpr int GROUP = 4;        // rows that use a key while it is in a register
 constexpr int STRETCH = 65536;  // bytes of keys, then of values, that are read in one go
 constexpr int WEIGHTS = 256;    // room for those of a row and a block of keys
+constexpr int NEARBY = 32;      // values that several rows use in turn: few, so that the memory has no time to rest
 template <class Cache>
 constexpr int AHEAD = std::is_same_v<Cache, bf16> ? 8192 : 4096;  // bytes, at which a stretch is asked for before
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
@@ -63,7 +64,8 @@ struct Visible {
     int64_t length, first_query, sinks, start, count;
 
     Visible(const Problem& p, int64_t b)
-        : length(p.lengths ? p.lengths[b] : p.page_size ? p.pages * p.page_size : p.keys), first_query(length - p.queries),
+        : length(p.lengths ? p.lengths[b] : p.table ? p.pages * p.page_size : p.keys),
+          first_query(length - p.queries),
           start(p.causal ? std::max<int64_t>(0, first_query - p.window + 1) : 0) {
         sinks = std::min(p.sinks, start);
         count = sinks + length - start;
@@ -130,6 +132,23 @@ struct Step {
     int n;
 };
 
+// Rows that lie `stride` apart, and where to ask while they are read if they lie without gaps.
+template <class T>
+struct Rows {
+    const T* first;
+    int64_t stride;
+    const char* ahead;
+
+    Rows from(int64_t j) const { return {first + j * stride, stride, ahead + j * stride * int64_t(sizeof(T))}; }
+};
+
+// The stride of rows of a size, which the compiler then knows where there are no gaps and it knows the size.
+template <bool GAPLESS, class T, class Size>
+ATTLAS_INLINE auto stride_of(const Rows<T>& rows, Size size) {
+    if constexpr (GAPLESS) return size;
+    else return rows.stride;
+}
+
 template <class Cache>
 struct Output {
     const Problem& p;
@@ -142,23 +161,40 @@ struct Output {
         : p(p), k(arrays[1]), v(arrays[2]), b(index / p.groups), g(index % p.groups), visible(p, b),
           scale(p.scale * LOG2_E * (p.key_scales ? p.key_scales[index] : 1.0f)) {}
 
-    // Whether keys and values of one head follow each other in memory, both of that size.
-    bool is_near(int64_t size) const {
-        return p.key_size == size && p.value_size == size && k.token == size && v.token == size && !p.keep && !p.table;
+    // Row of the key or the value at a place of the sequence.
+    const Cache* row(const Array& array, int64_t place) const {
+        if (!p.table) return array.row<const Cache>(b, g, place);
+        return array.row<const Cache>(p.table[b * p.pages + place / p.page_size], g, place % p.page_size);
+    }
+    // Those from a place on, before those from the next are read.
+    Rows<Cache> rows(const Array& array, int64_t place, int64_t next) const {
+        const Cache* const first = row(array, place);
+        const char* const ahead = p.table ? reinterpret_cast<const char*>(row(array, next))
+                                          : reinterpret_cast<const char*>(first) + AHEAD<Cache>;
+        return {first, array.token, ahead};
+    }
+    bool keeps(int64_t place) const { return !p.keep || p.keep[b * p.keys + place]; }
+    bool keeps_all(int64_t place, int64_t n) const {
+        return !p.keep || !std::memchr(p.keep + b * p.keys + place, 0, std::size_t(n));
+    }
+
+    // How many keys from i on, at most `most`, lie one stride apart, are kept and are seen by all queries: whole steps.
+    int in_step(int64_t i, int64_t most) const {
+        const int64_t place = visible.position(i);
+        if (p.table) most = std::min(most, p.page_size - place % p.page_size);
+        for (int64_t n = most / LANES * LANES; n; n = n > LANES ? LANES : 0)  // all of them, or one step
+            if (all_see(p, visible.first_query, visible.length - 1, place, place + n - 1) && keeps_all(place, n))
+                return int(n);
+        return 0;
     }
 
     // The next keys from i on that are kept, before end; moves i behind them.
     void step(int64_t& i, int64_t end, Step<Cache>& s) const {
         for (s.n = 0; i < end && s.n < LANES; ++i) {
             const int64_t place = visible.position(i);
-            if (p.keep && !p.keep[b * p.keys + place]) continue;
-            int64_t sequence = b, token = place;
-            if (p.table) {
-                sequence = p.table[b * p.pages + place / p.page_size];
-                token = place % p.page_size;
-            }
-            s.k[s.n] = k.row<const Cache>(sequence, g, token);
-            s.v[s.n] = v.row<const Cache>(sequence, g, token);
+            if (!keeps(place)) continue;
+            s.k[s.n] = row(k, place);
+            s.v[s.n] = row(v, place);
             s.position[s.n++] = place;
         }
     }
@@ -203,17 +239,27 @@ ATTLAS_INLINE void copy_row(const Cache* row, int64_t size, Element* out) {
     }
 }
 
-// The scores of LANES keys under one query; they lie `size` apart, which is whole registers. ask(key) is called on the
-// way.
-template <class Element, class Size, class F>
-ATTLAS_INLINE vec score(const Element* query, const Element* keys, Size size, F ask) {
+// Asks for what will be read next, a line at a time and in the order of memory: many requests at once would hold up
+// what follows, and none at all would leave the memory idle.
+template <bool ASKS>
+struct Asker {
+    const char* next;
+    ATTLAS_INLINE_MEMBER void operator()() {
+        if constexpr (!ASKS) return;
+        __builtin_prefetch(next, 0, 0);  // for once: the other caches keep what the rest of the model needs
+        next += sizeof(vec);
+    }
+};
+
+// The scores of LANES keys under one query, of a size of whole registers. ask() is called for each register of keys.
+template <class Element, class Stride, class Size, class F>
+ATTLAS_INLINE vec score(const Element* query, const Element* keys, Stride stride, Size size, F& ask) {
     constexpr int64_t width = sizeof(vec) / sizeof(Element);
     vec sums[LANES] = {};
     for (int j = 0; j < LANES; ++j)
         for (int64_t f = 0; f < size; f += width) {
-            const Element* const key = keys + j * size + f;
-            sums[j] = multiply_add(sums[j], query + f, key);
-            ask(key);
+            sums[j] = multiply_add(sums[j], query + f, keys + j * stride + f);
+            ask();
         }
     return sum_rows(sums);
 }
@@ -225,20 +271,21 @@ ATTLAS_INLINE int64_t unknown(int64_t x) {
 }
 
 // As score for GROUP queries: what is loaded of a key serves them all.
-template <class Element, class Size, class F>
-ATTLAS_INLINE void score_group(const Element* queries, const Element* keys, Size size, vec (&scores)[GROUP], F ask) {
+template <class Element, class Stride, class Size, class F>
+ATTLAS_INLINE void score_group(const Element* queries, const Element* keys, Stride stride, Size size,
+                               vec (&scores)[GROUP], F& ask) {
     constexpr int64_t width = sizeof(vec) / sizeof(Element);
     constexpr int PART = LANES / GROUP;  // keys at a time
 #pragma GCC unroll 1
     for (int part = 0; part < GROUP; ++part) {
         vec sums[LANES] = {};
         for (int64_t f = 0, end = unknown(size); f < end; f += width) {
-            const Element* const first = keys + part * PART * size + f;
-            for (int j = 0; j < PART; ++j) ask(first + f * (PART - 1) + j * width);  // as they lie in memory
+            const Element* const first = keys + part * PART * stride + f;
+            for (int j = 0; j < PART; ++j) ask();
             for (int r = 0; r < GROUP; ++r)
                 for (int j = 0; j < PART; ++j)
                     sums[r * PART + j] =
-                        multiply_add(sums[r * PART + j], queries + r * size + f, first + j * size);
+                        multiply_add(sums[r * PART + j], queries + r * size + f, first + j * stride);
         }
         scores[part] = sum_rows(sums);  // lanes: query, key
     }
@@ -250,31 +297,30 @@ ATTLAS_INLINE void score_group(const Element* queries, const Element* keys, Size
     exchange<LANES / 4>(scores[2], scores[3], lanes);
 }
 
-const auto ask_nothing = [](const void*) {};
-
-// scores[r * WEIGHTS + j] = scale query_r . key_j for n keys, a multiple of LANES. ASKS: for the keys that follow.
-template <bool ASKS, class Element, class Size>
-ATTLAS_NOINLINE void score_rows(const Element* queries, int64_t rows, const Element* keys, int n, Size size,
-                                float scale, float* scores) {
-    const auto ask = [](const Element* key) {
-        if constexpr (ASKS) __builtin_prefetch(reinterpret_cast<const char*>(key) + AHEAD<Element>);
-    };
+// scores[r * WEIGHTS + j] = scale query_r . key_j for n keys, a multiple of LANES. Where they lie without gaps, what
+// lies ahead is asked for.
+template <bool GAPLESS, class Element, class Size>
+ATTLAS_NOINLINE void score_rows(const Element* queries, int64_t rows, Rows<Element> keys, int n, Size size, float scale,
+                                float* scores) {
+    const auto stride = stride_of<GAPLESS>(keys, size);
+    Asker<GAPLESS> ask{keys.ahead};
+    Asker<false> no_one{};
     for (int j = 0; j < n; j += LANES) {
-        const Element* const step = keys + j * size;
+        const Element* const step = keys.first + j * stride;
         int64_t row = 0;
-        const auto group = [&](auto how) {
+        const auto group = [&](auto& how) {
             vec of_group[GROUP];
-            score_group(queries + row * size, step, size, of_group, how);
+            score_group(queries + row * size, step, stride, size, of_group, how);
             for (int r = 0; r < GROUP; ++r, ++row) store(scores + row * WEIGHTS + j, of_group[r] * scale);
         };
-        const auto one = [&](auto how) {
-            store(scores + row * WEIGHTS + j, score(queries + row * size, step, size, how) * scale);
+        const auto one = [&](auto& how) {
+            store(scores + row * WEIGHTS + j, score(queries + row * size, step, stride, size, how) * scale);
             ++row;
         };
         if (rows >= GROUP) group(ask);
         else one(ask);
-        while (row + GROUP <= rows) group(ask_nothing);
-        while (row < rows) one(ask_nothing);
+        while (row + GROUP <= rows) group(no_one);
+        while (row < rows) one(no_one);
     }
 }
 
@@ -312,18 +358,19 @@ ATTLAS_INLINE void load_two(const bf16* p, vec& first, vec& second) {
 
 // sum[r] += sum_j weights[r][j] values[j] for ROWS rows and 2 PAIRS registers of features of n values, an even number.
 // Those of bfloat16 are taken two at a time, and their weights are rounded for it.
-template <int ROWS, int PAIRS, class Element, class F>
-ATTLAS_INLINE void add_part(float* sum, int64_t size, const float* weights, const Element* values, int n, F ask) {
+template <int ROWS, int PAIRS, class Element, class Stride, class F>
+ATTLAS_INLINE void add_part(float* sum, int64_t size, const float* weights, const Element* values, Stride stride, int n,
+                            F& ask) {
     vec acc[ROWS][2 * PAIRS];
     for (int r = 0; r < ROWS; ++r)
         for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] = load(sum + r * size + i * LANES);
     if constexpr (std::is_same_v<Element, float>) {
 #pragma GCC unroll 1
-        for (int j = 0; j < n; ++j, values += size) {
+        for (int j = 0; j < n; ++j, values += stride) {
             vec value[2 * PAIRS];
             for (int i = 0; i < 2 * PAIRS; ++i) {
                 value[i] = load(values + i * LANES);
-                ask(values + i * LANES);
+                ask();
             }
             for (int r = 0; r < ROWS; ++r)
                 for (int i = 0; i < 2 * PAIRS; ++i) acc[r][i] += weights[r * WEIGHTS + j] * value[i];
@@ -338,14 +385,14 @@ ATTLAS_INLINE void add_part(float* sum, int64_t size, const float* weights, cons
                 std::memcpy(both[r] + j / 2, &pairs, sizeof pairs);
             }
 #pragma GCC unroll 1
-        for (int j = 0; j < n; j += 2, values += 2 * size) {
+        for (int j = 0; j < n; j += 2, values += 2 * stride) {
             vec value[2 * PAIRS];
             for (int i = 0; i < PAIRS; ++i) {
                 const Element* const first = values + 2 * i * LANES;
-                pair_words(load_words(first), load_words(first + size), value[2 * i], value[2 * i + 1],
+                pair_words(load_words(first), load_words(first + stride), value[2 * i], value[2 * i + 1],
                            std::make_index_sequence<2 * LANES>());
-                ask(first);
-                ask(first + size);
+                ask();
+                ask();
             }
             for (int r = 0; r < ROWS; ++r) {
                 const auto weight = (__m512bh)_mm512_set1_epi32(int(both[r][j / 2]));
@@ -359,34 +406,37 @@ ATTLAS_INLINE void add_part(float* sum, int64_t size, const float* weights, cons
         for (int i = 0; i < 2 * PAIRS; ++i) store(sum + r * size + i * LANES, acc[r][i]);
 }
 
-// Whole values where the registers hold their sums: memory is read as it lies.
-template <int ROWS, class Element, class Size, class F>
-ATTLAS_INLINE void add_whole(float* sum, Size size, const float* weights, const Element* values, int n, F ask) {
-    int64_t f = 0;
-    if constexpr (ROWS == 1 || LANES == 16)
-        for (; f + 8 * LANES <= size; f += 8 * LANES) add_part<ROWS, 4>(sum + f, size, weights, values + f, n, ask);
-    for (; f + 4 * LANES <= size; f += 4 * LANES) add_part<ROWS, 2>(sum + f, size, weights, values + f, n, ask);
-    for (; f < size; f += 2 * LANES) add_part<ROWS, 1>(sum + f, size, weights, values + f, n, ask);
+// As many features at once as there are registers for their sums.
+template <int ROWS, int PAIRS, class Element, class Stride, class Size, class F>
+ATTLAS_INLINE void add_wide(float* sum, Size size, const float* weights, const Element* values, Stride stride, int n,
+                            F& ask, int64_t f = 0) {
+    for (; f + 2 * PAIRS * LANES <= size; f += 2 * PAIRS * LANES)
+        add_part<ROWS, PAIRS>(sum + f, size, weights, values + f, stride, n, ask);
+    if constexpr (PAIRS > 1) add_wide<ROWS, PAIRS / 2>(sum, size, weights, values, stride, n, ask, f);
 }
 
-// sum[r] += sum_j weights[r][j] values[j] for n values, a multiple of LANES, that lie `size` apart as the sums do, whole
-// pairs of registers. ASKS: for the values that follow.
-template <bool ASKS, class Element, class Size>
-ATTLAS_NOINLINE void add_rows(float* sum, int64_t rows, const float* weights, const Element* values, int n, Size size) {
-    const auto ask = [](const Element* value) {
-        if constexpr (ASKS) __builtin_prefetch(reinterpret_cast<const char*>(value) + AHEAD<Element>);
-    };
+// sum[r] += sum_j weights[r][j] values[j] for n values, a multiple of LANES, of a size of whole pairs of
+// registers. As for keys, what lies ahead is asked for.
+template <bool GAPLESS, class Element, class Size>
+ATTLAS_NOINLINE void add_rows(float* sum, int64_t rows, const float* weights, Rows<Element> values, int n, Size size) {
+    const auto stride = stride_of<GAPLESS>(values, size);
+    Asker<GAPLESS> ask{values.ahead};
+    Asker<false> no_one{};
     int64_t row = 0;
-    const auto add = [&](auto count, auto how) {
-        add_whole<count()>(sum + row * size, size, weights + row * WEIGHTS, values, n, how);
+    const auto add = [&](auto count, auto& how) {
+        constexpr int PAIRS = std::min(4, (LANES == 16 ? 8 : 4) / count());
+        add_wide<count(), PAIRS>(sum + row * size, size, weights + row * WEIGHTS, values.first, stride, n, how);
         row += count();
     };
+    constexpr std::integral_constant<int, 4> four;
     constexpr std::integral_constant<int, 2> two;
     constexpr std::integral_constant<int, 1> one;
-    if (rows >= 2) add(two, ask);
+    if (rows >= 4) add(four, ask);
+    else if (rows >= 2) add(two, ask);
     else add(one, ask);
-    while (row + 2 <= rows) add(two, ask_nothing);
-    if (row < rows) add(one, ask_nothing);
+    while (row + 4 <= rows) add(four, no_one);
+    if (row + 2 <= rows) add(two, no_one);
+    if (row < rows) add(one, no_one);
 }
 
 template <class Query, class Cache>
@@ -404,52 +454,63 @@ struct Worker {
 
     // Attends to keys [begin, end) of those that an output sees.
     void attend(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
+        constexpr std::integral_constant<int64_t, 64> usual;
+        constexpr std::integral_constant<int64_t, 128> large;
         pack_queries(output);
-        if (output.is_near(64)) return attend_near<64>(output, begin, end, partial);
-        if (output.is_near(128)) return attend_near<128>(output, begin, end, partial);
-        attend_any(output, begin, end, partial);
+        if (p.key_size != d() || p.value_size != partial.size) attend_any(output, begin, end, partial);
+        else if (d() == 64 && partial.size == 64) attend_near(output, begin, end, partial, usual, usual);
+        else if (d() == 128 && partial.size == 128) attend_near(output, begin, end, partial, large, large);
+        else attend_near(output, begin, end, partial, d(), partial.size);
     }
 
-    // Keys and values that lie side by side and have a usual size: whole blocks of keys that all rows see need no list
-    // of addresses, and have loops of known length. A block is so large that memory is read in long stretches, and what
-    // follows is asked for on the way, the keys among the dot products and the values among the sums.
-    template <int D>
-    void attend_near(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial) const {
-        constexpr int KEYS = std::min<int>(WEIGHTS, STRETCH / (D * sizeof(Cache)));
-        constexpr std::integral_constant<int64_t, D> size;
-        const int64_t first = output.visible.first_query, last = first + p.queries - 1;
-        for (int64_t i = begin; i < end; i += KEYS) {
-            const int64_t place = output.visible.position(i), final = place + KEYS - 1;
-            if (i + KEYS > end || output.visible.position(i + KEYS - 1) != final ||
-                !all_see(p, first, last, place, final)) {
-                attend_any(output, i, std::min(end, i + KEYS), partial);
-                continue;
+    // Keys and values of a size of whole registers: those that all rows see are read where they are, and in such blocks
+    // that memory is read in long stretches. What follows is asked for on the way, the keys among the dot products and
+    // the values among the sums.
+    template <class KeySize, class ValueSize>
+    void attend_near(const Output<Cache>& output, int64_t begin, int64_t end, Partial& partial, KeySize key_size,
+                     ValueSize value_size) const {
+        const int64_t most = std::min<int64_t>(WEIGHTS, STRETCH / sizeof(Cache) / std::max(d(), partial.size));
+        const auto score = [&](auto gapless, const Rows<E>& rows, int j, int n) {
+            score_rows<gapless()>(queries(), p.rows(), rows, n, key_size, output.scale, weights(0) + j);
+        };
+        const auto add = [&](auto gapless, const Rows<E>& rows, int j, int n) {
+            weigh(j, n, partial);
+            add_rows<gapless()>(partial.sum, p.rows(), weights(0) + j, rows, n, value_size);
+        };
+        for (int64_t i = begin; i < end;) {
+            const int n = output.in_step(i, std::min(end - i, most));
+            if (n) {
+                const int64_t place = output.visible.position(i);
+                const int64_t next = output.visible.position(std::min(i + n, end - 1));
+                in_parts(output.rows(output.k, place, next), n, key_size, keys(), score);
+                raise(n, partial);
+                in_parts(output.rows(output.v, place, next), n, value_size, values(), add);
+            } else {
+                attend_any(output, i, std::min(end, i + LANES), partial);
             }
-            const auto score = [&](auto asks, const E* rows, int j, int n) {
-                score_rows<asks()>(queries(), p.rows(), rows, n, size, output.scale, weights(0) + j);
-            };
-            const auto add = [&](auto asks, const E* rows, int j, int n) {
-                add_rows<asks()>(partial.sum, p.rows(), weights(0) + j, rows, n, size);
-            };
-            in_parts<D>(output.k.template row<const Cache>(output.b, output.g, place), KEYS, keys(), score);
-            weigh(KEYS, partial);
-            in_parts<D>(output.v.template row<const Cache>(output.b, output.g, place), KEYS, values(), add);
+            i += n ? n : LANES;
         }
     }
 
-    // Calls run with n rows that lie side by side, as they are or in copies of LANES rows.
-    template <int D, class F>
-    ATTLAS_INLINE_MEMBER void in_parts(const Cache* rows, int n, E* copies, F run) const {
-        if constexpr (std::is_same_v<Cache, E>) return run(std::true_type(), rows, 0, n);
-        else
+    // Calls run with parts of n rows, or with copies of them.
+    template <class Size, class F>
+    ATTLAS_INLINE_MEMBER void in_parts(const Rows<Cache>& rows, int n, Size size, E* copies, F run) const {
+        if constexpr (std::is_same_v<Cache, E>) {
+            const int part = p.rows() > 2 ? NEARBY : n;
+            for (int j = 0; j < n; j += part)
+                if (rows.stride == size) run(std::true_type(), rows.from(j), j, std::min(part, n - j));
+                else run(std::false_type(), rows.from(j), j, std::min(part, n - j));
+        } else {
             for (int j = 0; j < n; j += LANES) {
-                for (int row = 0; row < LANES; ++row, rows += D) {
-                    copy_row(rows, D, copies + row * D);
-                    for (std::size_t line = 0; line < D * sizeof(Cache); line += 64)
-                        __builtin_prefetch(reinterpret_cast<const char*>(rows) + AHEAD<Cache> + line);
+                for (int i = 0; i < LANES; ++i) {
+                    const auto [row, stride, ahead] = rows.from(j + i);
+                    copy_row(row, size, copies + i * size);
+                    for (std::size_t line = 0; line < size * sizeof(Cache); line += 64)
+                        __builtin_prefetch(ahead + line, 0, 0);
                 }
-                run(std::false_type(), copies, j, LANES);
+                run(std::false_type(), Rows<E>{copies, size, nullptr}, j, LANES);
             }
+        }
     }
 
     // Keys that lie anywhere, or that not all rows see.
@@ -463,7 +524,7 @@ struct Worker {
             output.step(i, end, steps[1 - turn]);
             gather(now.k, now.n, next.k, next.n, p.key_size, d(), keys());
             gather(now.v, now.n, next.v, next.n, p.value_size, partial.size, values());
-            score_rows<false>(queries(), rows, keys(), LANES, d(), output.scale, weights(0));
+            score_rows<false>(queries(), rows, Rows<E>{keys(), d(), nullptr}, LANES, d(), output.scale, weights(0));
             const bool open = all_see(p, first, last, now.position[0], now.position[now.n - 1]);
             const auto hidden = [&](int64_t row, int j) {
                 return j >= now.n || !sees(p, first + row % p.queries, now.position[j]);
@@ -472,12 +533,14 @@ struct Worker {
                 for (int64_t row = 0; row < rows; ++row)
                     for (int j = 0; j < LANES; ++j)
                         if (hidden(row, j)) weights(row)[j] = -INFINITY;
-            weigh(LANES, partial);
+            raise(LANES, partial);
+            weigh(0, LANES, partial);
             if (open) {
-                add_rows<false>(partial.sum, rows, weights(0), values(), LANES, partial.size);
+                const Rows<E> copies{values(), partial.size, nullptr};
+                add_rows<false>(partial.sum, rows, weights(0), copies, LANES, partial.size);
                 continue;
             }
-            for (int64_t row = 0; row < rows; ++row)  // what a row may not see is not multiplied at all: it may be infinite
+            for (int64_t row = 0; row < rows; ++row)  // what a row may not see is not multiplied: it may be infinite
                 for (int j = 0; j < now.n; ++j)
                     if (!hidden(row, j))
                         add_value(partial.sum + row * partial.size, weights(row)[j], values() + j * partial.size,
@@ -485,7 +548,7 @@ struct Worker {
         }
     }
 
-    // Copies n rows that lie anywhere to where they lie `stride` apart, with zeros behind the last, and asks for others.
+    // Copies n rows that lie anywhere to where they lie `stride` apart, with zeros behind, and asks for others.
     void gather(const Cache* const* rows, int n, const Cache* const* others, int count, int64_t size, int64_t stride,
                 E* out) const {
         for (int j = 0; j < n; ++j) {
@@ -513,18 +576,24 @@ struct Worker {
         }
     }
 
-    // Turns the scores of a block of n keys into weights, relative to the largest score so far of each row.
-    void weigh(int n, Partial& partial) const {
+    // Makes the largest scores so far those of n further keys, where these are larger.
+    void raise(int n, Partial& partial) const {
         for (int64_t row = 0; row < p.rows(); ++row) {
-            float* const block = weights(row);
+            const float* const block = weights(row);
             vec most = load(block);
             for (int j = LANES; j < n; j += LANES) most = max(most, load(block + j));
             if (any(most > partial.largest[row])) partial.raise(row, largest_lane(most));
+        }
+    }
+
+    // Turns the scores of n keys from j on into weights, relative to the largest score so far of each row.
+    void weigh(int j, int n, Partial& partial) const {
+        for (int64_t row = 0; row < p.rows(); ++row) {
             const float largest = partial.largest[row] == -INFINITY ? 0.0f : partial.largest[row];
             vec total = load(partial.total + row * LANES);
-            for (int j = 0; j < n; j += LANES) {
-                const vec weight = exp2(load(block + j) - largest);
-                store(block + j, weight);
+            for (float* score = weights(row) + j; score < weights(row) + j + n; score += LANES) {
+                const vec weight = exp2(load(score) - largest);
+                store(score, weight);
                 total += weight;
             }
             store(partial.total + row * LANES, total);

@@ -5,6 +5,8 @@ B batch, H query heads, G key/value heads, N queries, M keys, D key size, E valu
 
 import ctypes
 import functools
+import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, library
@@ -37,9 +39,7 @@ def softmax_decode(
     """
     key_scales, value_scales = (None, None) if scales is None else scales
     reach = UNLIMITED if window is None else window
-    return _operator(
-        q_BHND, k, v, lengths_B, keep_BM, pages_BP, key_scales, value_scales, scale, causal, reach, sinks
-    )
+    return _operator(q_BHND, k, v, lengths_B, keep_BM, pages_BP, key_scales, value_scales, scale, causal, reach, sinks)
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -58,27 +58,13 @@ _status = functools.cache(functools.partial(build.status, "decode"))  # asked at
 _status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_SIZES = ("batch", "heads", "groups", "queries", "keys", "key_size", "value_size")
-_REACH = ("window", "sinks", "page_size", "pages")
-_ARRAYS = ("lengths", "table", "keep", "key_scales", "value_scales")
-_FLAGS = ("causal", "query_is_bf16", "cache_is_int8", "threads")
-
-
-class _Problem(ctypes.Structure):
-    """`Problem`: sizes, and what belongs to the whole call."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _SIZES + _REACH),
-        *((name, ctypes.c_void_p) for name in _ARRAYS),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in _FLAGS),
-    )
+_PROBLEM = struct.Struct("=16qf4i")  # `Problem`, in its order
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     loaded = build.load("decode")
-    loaded.attlas_decode.argtypes = [ctypes.POINTER(_Problem), ctypes.c_void_p]
+    loaded.attlas_decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return loaded
 
 
@@ -105,11 +91,40 @@ def _decode(
     window: int,
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
+    run, o, lse, _ = prepare(
+        q, k, v, lengths, keep, pages, key_scales, value_scales, scale=scale, causal=causal, window=window, sinks=sinks
+    )
+    if run():
+        raise MemoryError("the decoding kernel found no memory for its scratch")
+    return o, lse
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    keep: Tensor | None = None,
+    pages: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = UNLIMITED,
+    sinks: int = 0,
+) -> tuple[Callable[[], int], Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The call of the C++ function on checked arguments, which can be timed without what Python adds.
+
+    Returns:
+        the call, which gives 1 where it found no memory, else 0; o and the logarithm that it writes; what it reads,
+        which the caller keeps alive.
+    """
     o, lse = _decode_fake(q, k, v, lengths, keep, pages, key_scales, value_scales, scale, causal, window, sinks)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    dense = [None if x is None else x.contiguous() for x in (lengths, pages, keep, key_scales, value_scales)]
+    dense = [x if x is None else x.contiguous() for x in (lengths, pages, keep, key_scales, value_scales)]
     page_size, count = (0, 0) if pages is None else (k.shape[2], pages.shape[1])
-    problem = _Problem(
+    problem = _PROBLEM.pack(
         q.shape[0],
         q.shape[1],
         k.shape[1],
@@ -121,16 +136,15 @@ def _decode(
         sinks,
         page_size,
         count,
-        *(None if x is None else x.data_ptr() for x in dense),
+        *[0 if x is None else x.data_ptr() for x in dense],
         scale,
         causal,
         q.dtype == torch.bfloat16,
         k.dtype == torch.int8,
         torch.get_num_threads(),
     )
-    if _library().attlas_decode(problem, places(q, k, v, o, lse)):
-        raise MemoryError("the decoding kernel found no memory for its scratch")
-    return o, lse
+    run = functools.partial(_library().attlas_decode, problem, places(q, k, v, o, lse))
+    return run, o, lse, (q, k, v, *dense)
 
 
 @library.register_fake("attlas::softmax_decode")
