@@ -137,7 +137,8 @@ def measure(threads: int, rounds: int, scale: float = 1.0) -> dict[str, Any]:
             arrays, scales = case.tensors(int(case.keys * scale))
             read = 2 * arrays[1].nbytes
             q, k, v = arrays
-            kernel, *_kept = prepare(q, k, v, None, None, None, *scales.get("scales", ()), scale=case.size**-0.5)
+            of_keys, of_values = scales.get("scales", (None, None))
+            kernel, *_kept = prepare(q, k, v, key_scales=of_keys, value_scales=of_values, scale=case.size**-0.5)
             calls: dict[str, Callable[[], object]] = {
                 "sum": summed.sum,
                 "op": functools.partial(softmax_decode, q, k, v, backend="cpu", **scales),
