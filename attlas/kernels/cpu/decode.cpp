@@ -25,13 +25,13 @@ namespace {
 
 using namespace attlas;
 
-constexpr int64_t TILE = 256;   // keys
-constexpr int GROUP = 4;        // rows that use a key while it is in a register
-constexpr int STRETCH = 65536;  // bytes of keys, then of values, that are read in one go
-constexpr int WEIGHTS = 256;    // room for those of a row and a block of keys
-constexpr int NEARBY = 32;      // values that several rows use in turn: few, so that the memory has no time to rest
+constexpr int64_t TILE = 256;    // keys
+constexpr int GROUP = 4;         // rows that use a key while it is in a register
+constexpr int STRETCH = 131072;  // bytes of keys, then of values, that are read in one go
+constexpr int WEIGHTS = 512;     // room for those of a row and a block of keys
+constexpr int NEARBY = 32;       // values that several rows use in turn: few, so that the memory has no time to rest
 template <class Cache>
-constexpr int AHEAD = std::is_same_v<Cache, bf16> ? 8192 : 4096;  // bytes, at which a stretch is asked for before
+constexpr int AHEAD = std::is_same_v<Cache, bf16> ? 8192 : 6144;  // bytes, at which a stretch is asked for before
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 constexpr int64_t WORTH_THREADS = 1 << 17;  // bytes of cache that take longer than waking the other threads
 
